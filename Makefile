@@ -1,0 +1,68 @@
+# What each target needs it sets up itself (tools/setup.sh): packages as root, a virtual environment in .venv.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Prerequisites are made in the order they are written, also under make -j: tools first, then what needs them.
+.NOTPARALLEL:
+.PHONY: help setup demo test check lint bench clean ready-demo ready-check ready-test links
+
+PYTHON := .venv/bin/python
+PACKAGES := $(wildcard cli live offline shared handlers)
+# Everything typed besides the packages; folders without Python files are passed over.
+TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/unit/*.py tests/integration/*.py examples/*.py bench/*.py))))
+HANDLER_SOURCES := handlers/build.py $(wildcard handlers/*.c handlers/*.h handlers/*.ld)
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ready-test handlers/trap.bin ## install what everything below needs (packages as root, .venv)
+
+demo: ready-demo handlers/trap.bin build/notes ## switch a command of a small server off and on again
+	@$(PYTHON) examples/demo.py
+
+check: lint ## format, lint, types and unit tests: seconds
+	@$(PYTHON) -m pytest tests/unit
+
+ifeq ($(shell id -u),0)
+test: ready-test lint ## everything, with real processes and servers: as root
+	@$(PYTHON) -m pytest tests/unit tests/integration
+else
+test: lint
+	@$(PYTHON) -m pytest tests/unit || status=$$?; \
+	echo '*** THE INTEGRATION TESTS WERE NOT RUN: they patch processes, which needs root (sudo make test) ***' >&2; \
+	exit $${status:-1}
+endif
+
+bench: ready-test handlers/trap.bin ## measure dynacut beside its peers: as root
+	@$(PYTHON) bench/run.py
+
+clean: ## remove everything that make has made, .venv too
+	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis handlers/trap.bin ./*.egg-info
+	find $(PACKAGES) tests examples bench -name __pycache__ -type d -exec rm -rf {} +
+
+lint: ready-check handlers/trap.bin links
+	@.venv/bin/ruff format --check --quiet .
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/mypy --strict --no-error-summary
+	@if [ -n '$(TYPED)' ]; then MYPYPATH=tests/unit .venv/bin/mypy --strict --no-error-summary $(TYPED); fi
+
+# mypy does not know setuptools' package-dir, so the packages are laid out for it.
+links:
+	@mkdir -p build/typing/dynacut
+	@find build/typing/dynacut -xtype l -delete
+	@$(foreach package,$(PACKAGES),ln -sfn ../../../$(package) build/typing/dynacut/$(package);)
+
+ready-demo:
+	@tools/setup.sh demo
+
+ready-check:
+	@tools/setup.sh check
+
+ready-test:
+	@tools/setup.sh test
+
+handlers/trap.bin: $(HANDLER_SOURCES)
+	@python=$(PYTHON); [ -x $$python ] || python=python3; $$python handlers/build.py
+
+build/notes: examples/notes.c
+	@mkdir -p build
+	@$(CC) -std=gnu11 -O2 -g -Wall -Wextra -o $@ $<

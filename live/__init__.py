@@ -1,0 +1,1 @@
+"""The live backend: applies a patch set to a running process with ptrace and /proc/PID/mem."""
