@@ -1,0 +1,431 @@
+"""The table beside the handler, read and written: the Python side of table.h.
+
+A region is the handler's code (CODE_SIZE bytes, r-x) followed by its table (rw). The patcher changes a table in one
+transaction: what is new goes where the bank in force does not point to, and then one byte, the generation, turns the
+banks. Killed at any instant, the table is as before or as after.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from dynacut.handlers.blob import HANDLER_ENTRY
+
+MAGIC = b"dynacut\0"
+RETIRED_MAGIC = b"dynacu-\0"
+"""Of a table whose contents moved to a larger one; it stays mapped, a thread may still read it."""
+VERSION = 1
+CODE_SIZE = 0x20000
+SLOT_SIZE = 1024
+FIRST_SLOT = 4096
+SLOT_COUNT = (CODE_SIZE - FIRST_SLOT) // SLOT_SIZE
+NAME_SIZE = 64
+FEATURE_CAPACITY = 256
+REPAIR_CAPACITY = 4096
+MIN_SITE_CAPACITY = 4096
+MAX_SITE_CAPACITY = 1 << 22
+MIN_HEAP_CAPACITY = 1 << 16
+MAX_HEAP_CAPACITY = 1 << 28
+
+_PAGE = 4096
+_HEADER_SIZE = 2 * _PAGE
+_FIXED = struct.Struct("<8sIB3xQ12I")
+_BANK = struct.Struct("<4I")
+_SITE = struct.Struct("<QQ5IB3x")
+_REPAIR = struct.Struct("<IIQ")
+_ACTION = struct.Struct("<4Q")
+
+VERSION_OFFSET = 8
+GENERATION_OFFSET = 12
+REPAIR_COUNT_OFFSET = 44
+BANKS_OFFSET = 72
+OBSERVED_OFFSET = BANKS_OFFSET + 2 * _BANK.size
+PREVIOUS_OFFSET = OBSERVED_OFFSET + _ACTION.size
+INPUT_OFFSET = PREVIOUS_OFFSET + _ACTION.size
+OUTPUT_OFFSET = INPUT_OFFSET + 64 * _ACTION.size
+SLOT_DONE_OFFSET = OUTPUT_OFFSET + 64 * _ACTION.size
+
+
+class TableError(ValueError):
+    """A table that does not hold together: not ours, or damaged."""
+
+
+class TableFullError(ValueError):
+    """The contents do not fit the table's capacities; a larger one must be mapped."""
+
+
+class Action(IntEnum):
+    """What a hit does; the values are those of enum dynacut_action."""
+
+    TERMINATE = 1
+    REDIRECT = 2
+    RETURN = 3
+    SKIP = 4
+    LEARN = 5
+    HANDLER = 6
+    EDIT = 7
+
+
+class RepairKind(IntEnum):
+    """What was changed so that SIGTRAP is not blocked."""
+
+    THREAD_MASK = 1
+    SIGNAL_MASK = 2
+
+
+@dataclass(frozen=True)
+class KernelAction:
+    """struct kernel_sigaction of x86-64; bit N-1 of mask is signal N."""
+
+    handler: int = 0
+    flags: int = 0
+    restorer: int = 0
+    mask: int = 0
+
+    def pack(self) -> bytes:
+        """The 32 bytes that rt_sigaction(2) takes."""
+        return _ACTION.pack(self.handler, self.flags, self.restorer, self.mask)
+
+    @classmethod
+    def unpack(cls, data: bytes, offset: int = 0) -> KernelAction:
+        """Reads 32 bytes that rt_sigaction(2) gave."""
+        return cls(*_ACTION.unpack_from(data, offset))
+
+
+@dataclass(frozen=True)
+class TableSite:
+    """One patched place. old and new have the same length: the number of bytes that are patched."""
+
+    address: int
+    feature: str
+    action: Action
+    argument: int
+    size: int
+    """Of the basic block that the site stands for, in bytes."""
+    old: bytes
+    new: bytes
+    hits: int = field(default=0, compare=False)
+
+    @property
+    def end(self) -> int:
+        """The address behind the last patched byte."""
+        return self.address + len(self.old)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A mask that was cleared of SIGTRAP: of a thread (id, start time in clock ticks) or of a signal's handler."""
+
+    kind: RepairKind
+    id: int
+    start_time: int
+
+
+@dataclass(frozen=True)
+class Write:
+    """Bytes to put at an offset of the table."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in a table of given capacities. Offsets are from the table's start, in bytes."""
+
+    site_capacity: int
+    heap_capacity: int
+    features: int
+    repairs: int
+    counters: int
+    sites: tuple[int, int]
+    heap: int
+    size: int
+    """Of the whole table, a multiple of the page size."""
+
+    @classmethod
+    def for_contents(cls, site_count: int, heap_bytes: int) -> Layout:
+        """A layout with room for twice what is needed now; memory that is never written costs nothing."""
+        site_capacity = MIN_SITE_CAPACITY
+        while site_capacity < 2 * site_count:
+            site_capacity *= 2
+        heap_capacity = MIN_HEAP_CAPACITY
+        while heap_capacity < 2 * heap_bytes:
+            heap_capacity *= 2
+        if site_capacity > MAX_SITE_CAPACITY or heap_capacity > MAX_HEAP_CAPACITY:
+            raise TableFullError(f"{site_count} sites with {heap_bytes} bytes are more than a table can hold")
+        return cls.of_capacities(site_capacity, heap_capacity)
+
+    @classmethod
+    def of_capacities(cls, site_capacity: int, heap_capacity: int) -> Layout:
+        """The layout that follows from the capacities alone."""
+        features = _HEADER_SIZE
+        repairs = features + FEATURE_CAPACITY * NAME_SIZE
+        counters = repairs + REPAIR_CAPACITY * _REPAIR.size
+        first = counters + 8 * site_capacity
+        second = first + _SITE.size * site_capacity
+        heap = second + _SITE.size * site_capacity
+        size = -(-(heap + heap_capacity) // _PAGE) * _PAGE
+        return cls(site_capacity, heap_capacity, features, repairs, counters, (first, second), heap, size)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A site with its places in counters and heap."""
+
+    site: TableSite
+    counter: int
+    bytes_offset: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table says: the features, and the sites by ascending address."""
+
+    layout: Layout
+    generation: int
+    serial: int
+    features: tuple[str, ...]
+    placed: tuple[_Placed, ...]
+    heap_used: int
+    counter_count: int
+    observed: KernelAction
+    previous: KernelAction
+    repairs: tuple[Repair, ...]
+
+    @property
+    def sites(self) -> tuple[TableSite, ...]:
+        """The sites by ascending address, with their hits."""
+        return tuple(placed.site for placed in self.placed)
+
+    @classmethod
+    def empty(cls, layout: Layout, serial: int = 1) -> Table:
+        """A table without features."""
+        return cls(layout, 0, serial, (), (), 0, 0, KernelAction(), KernelAction(), ())
+
+    def header(self) -> Write:
+        """The fixed part of a new table behind its magic: everything but what update() writes."""
+        layout = self.layout
+        fixed = _FIXED.pack(
+            MAGIC,
+            VERSION,
+            self.generation,
+            layout.size,
+            self.serial,
+            layout.site_capacity,
+            FEATURE_CAPACITY,
+            layout.heap_capacity,
+            REPAIR_CAPACITY,
+            len(self.repairs),
+            layout.features,
+            layout.repairs,
+            layout.counters,
+            layout.heap,
+            *layout.sites,
+        )
+        return Write(8, fixed[8:])
+
+    def update(self, features: Sequence[str], sites: Sequence[TableSite]) -> Iterator[Write]:
+        """The writes, in their order, that make the table hold just these features and sites.
+
+        Sites that stay the same keep their hits. The last write is one byte and turns the banks.
+
+        Raises:
+            TableFullError: they do not fit.
+        """
+        layout = self.layout
+        known = {placed.site: placed for placed in self.placed}
+        kept = [known[site] for site in sites if site in known]
+        heap_used = self.heap_used if kept else 0
+        used_counters = {placed.counter for placed in kept}
+        free_counters = (index for index in range(layout.site_capacity) if index not in used_counters)
+
+        if len(sites) > layout.site_capacity:
+            raise TableFullError(f"{len(sites)} sites, room for {layout.site_capacity}")
+        if len(features) > FEATURE_CAPACITY:
+            raise TableFullError(f"{len(features)} features, room for {FEATURE_CAPACITY}")
+        if list(features[: len(self.features)]) != list(self.features) and kept:
+            raise ValueError("features keep their places while any site stays")
+
+        feature_index = {name: index for index, name in enumerate(features)}
+        heap = bytearray()
+        records = bytearray()
+        counter_count = 0
+        new_counters = []
+        for site in sorted(sites, key=lambda site: site.address):
+            placed = known.get(site)
+            if placed is None:
+                placed = _Placed(site, next(free_counters), heap_used + len(heap))
+                heap += site.old
+                if site.action == Action.EDIT:
+                    heap += site.new
+                new_counters.append(placed.counter)
+            counter_count = max(counter_count, placed.counter + 1)
+            records += _SITE.pack(
+                site.address,
+                site.argument,
+                placed.counter,
+                placed.bytes_offset,
+                feature_index[site.feature],
+                len(site.old),
+                site.size,
+                site.action,
+            )
+        if heap_used + len(heap) > layout.heap_capacity:
+            raise TableFullError(f"{heap_used + len(heap)} saved bytes, room for {layout.heap_capacity}")
+
+        names = b"".join(_pack_name(name) for name in features)
+        generation = (self.generation + 1) & 0xFF
+        bank = generation & 1
+        yield Write(layout.features, names)
+        yield Write(layout.heap + heap_used, bytes(heap))
+        for first, count in _runs(sorted(new_counters)):
+            yield Write(layout.counters + 8 * first, bytes(8 * count))
+        yield Write(layout.sites[bank], bytes(records))
+        yield Write(
+            BANKS_OFFSET + bank * _BANK.size,
+            _BANK.pack(len(sites), len(features), heap_used + len(heap), counter_count),
+        )
+        yield Write(GENERATION_OFFSET, bytes([generation]))
+
+    def repair_writes(self, repairs: Sequence[Repair]) -> Iterator[Write]:
+        """The writes, in their order, that make the table record just these repairs, the count last."""
+        if len(repairs) > REPAIR_CAPACITY:
+            raise TableFullError(f"{len(repairs)} repaired signal masks, room for {REPAIR_CAPACITY}")
+        packed = b"".join(_REPAIR.pack(repair.kind, repair.id, repair.start_time) for repair in repairs)
+        yield Write(self.layout.repairs, packed)
+        yield Write(REPAIR_COUNT_OFFSET, struct.pack("<I", len(repairs)))
+
+    @classmethod
+    def parse(cls, data: bytes, address: int) -> Table:
+        """Reads a whole table.
+
+        data: the table's bytes, from its start; address: where it is mapped, to tell the handler's own action from
+        the target's.
+
+        Raises:
+            TableError: the bytes are not a table, or its parts do not fit together.
+        """
+        if len(data) < _HEADER_SIZE or data[:8] != MAGIC:
+            raise TableError("no dynacut table")
+        (_, version, generation, size, serial, site_capacity, feature_capacity, heap_capacity, repair_capacity,
+         repair_count, *offsets) = _FIXED.unpack_from(data)  # fmt: skip
+        if version != VERSION:
+            raise TableError(f"a dynacut table of version {version}; this program knows version {VERSION}")
+        if not (
+            0 < site_capacity <= MAX_SITE_CAPACITY
+            and 0 < heap_capacity <= MAX_HEAP_CAPACITY
+            and feature_capacity == FEATURE_CAPACITY
+            and repair_capacity == REPAIR_CAPACITY
+            and repair_count <= REPAIR_CAPACITY
+        ):
+            raise TableError("the table's capacities are out of range")
+        layout = Layout.of_capacities(site_capacity, heap_capacity)
+        placed_offsets = [layout.features, layout.repairs, layout.counters, layout.heap, *layout.sites]
+        if offsets != placed_offsets or size != layout.size or len(data) < size:
+            raise TableError("the table's parts do not lie where they should")
+        site_count, feature_count, heap_used, counter_count = _BANK.unpack_from(
+            data, BANKS_OFFSET + (generation & 1) * _BANK.size
+        )
+        if (
+            site_count > site_capacity
+            or feature_count > FEATURE_CAPACITY
+            or heap_used > heap_capacity
+            or counter_count > site_capacity
+        ):
+            raise TableError("the table's counts are out of range")
+        features = tuple(_unpack_name(data, layout.features + NAME_SIZE * index) for index in range(feature_count))
+        placed = tuple(_parse_sites(data, layout, generation & 1, site_count, features, heap_used, counter_count))
+        repairs = []
+        for index in range(repair_count):
+            kind, identity, start_time = _REPAIR.unpack_from(data, layout.repairs + index * _REPAIR.size)
+            if kind not in (RepairKind.THREAD_MASK, RepairKind.SIGNAL_MASK):
+                raise TableError(f"a repair of unknown kind {kind}")
+            repairs.append(Repair(RepairKind(kind), identity, start_time))
+        observed = KernelAction.unpack(data, OBSERVED_OFFSET)
+        previous = KernelAction.unpack(data, PREVIOUS_OFFSET)
+        if observed.handler != address - CODE_SIZE + HANDLER_ENTRY:
+            previous = observed  # the patcher was killed before it copied what the kernel had written
+        return cls(
+            layout,
+            generation,
+            serial,
+            features,
+            placed,
+            heap_used,
+            counter_count,
+            observed,
+            previous,
+            tuple(repairs),
+        )
+
+
+def _parse_sites(
+    data: bytes,
+    layout: Layout,
+    bank: int,
+    count: int,
+    features: tuple[str, ...],
+    heap_used: int,
+    counter_count: int,
+) -> Iterator[_Placed]:
+    start = layout.sites[bank]
+    end = 0
+    for fields in _SITE.iter_unpack(data[start : start + count * _SITE.size]):
+        address, argument, counter, bytes_offset, feature, length, size, number = fields
+        try:
+            action = Action(number)
+        except ValueError:
+            raise TableError(f"a site with unknown action {number}") from None
+        needed = 2 * length if action == Action.EDIT else length
+        if (
+            address < end
+            or length == 0
+            or address + length >= 1 << 64
+            or counter >= counter_count
+            or feature >= len(features)
+            or bytes_offset + needed > heap_used
+        ):
+            raise TableError(f"the entry of site {address:#x} does not fit the table")
+        end = address + length
+        old = bytes(data[layout.heap + bytes_offset : layout.heap + bytes_offset + length])
+        new = b"\xcc" * length
+        if action == Action.EDIT:
+            new = bytes(data[layout.heap + bytes_offset + length : layout.heap + bytes_offset + needed])
+        (hits,) = struct.unpack_from("<Q", data, layout.counters + 8 * counter)
+        site = TableSite(address, features[feature], action, argument, size, old, new, hits)
+        yield _Placed(site, counter, bytes_offset)
+
+
+def _pack_name(name: str) -> bytes:
+    encoded = name.encode()
+    if not encoded or len(encoded) >= NAME_SIZE or 0 in encoded:
+        raise ValueError(f"a feature's name has 1 to {NAME_SIZE - 1} bytes: {name!r}")
+    return encoded.ljust(NAME_SIZE, b"\0")
+
+
+def _unpack_name(data: bytes, offset: int) -> str:
+    try:
+        name = bytes(data[offset : offset + NAME_SIZE]).split(b"\0", 1)[0].decode()
+    except UnicodeDecodeError:
+        name = ""
+    if not name or not name.isprintable():
+        raise TableError("a feature's name is not readable")
+    return name
+
+
+def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive runs of ascending indices, as (first, count)."""
+    first, count = -1, 0
+    for index in indices:
+        if index == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = index, 1
+    if count:
+        yield first, count
