@@ -1,0 +1,286 @@
+"""A plan: what is to change, in terms that survive restarts, ASLR and machines. Read from and written as TOML."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping as Dictionary
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from dynacut.handlers.table import NAME_SIZE
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.on_hit import OnHit
+
+FORMAT = 1
+MAX_PLAN_SIZE = 64 << 20
+MAX_SITE_SIZE = 1 << 16
+EDITS = "edits"
+"""The feature that plain edits without a feature of their own belong to."""
+
+
+class Scope(StrEnum):
+    """How much of each block a removal covers."""
+
+    ENTRY = "entry"
+    BLOCK = "block"
+    PAGE = "page"
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """The module that offsets in the plan are relative to."""
+
+    path: str
+    build_id: str | None
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A basic block by its first byte: a SITE, its size in bytes if known, and its first bytes if known."""
+
+    at: str
+    size: int | None = None
+    old: bytes = b""
+
+
+@dataclass(frozen=True)
+class PlannedFeature:
+    """Sites that are switched together."""
+
+    name: str
+    on_hit: OnHit
+    scope: Scope
+    sites: tuple[PlannedSite, ...]
+
+
+@dataclass(frozen=True)
+class PlannedEdit:
+    """A plain replacement of bytes; old and new are equally long."""
+
+    at: str
+    old: bytes
+    new: bytes
+    feature: str = EDITS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything in one plan file."""
+
+    name: str
+    features: tuple[PlannedFeature, ...] = ()
+    edits: tuple[PlannedEdit, ...] = ()
+    modules: Dictionary[str, PlannedModule] = field(default_factory=dict)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Every feature that the plan switches, those of plain edits included."""
+        return tuple(dict.fromkeys([part.name for part in self.features] + [edit.feature for edit in self.edits]))
+
+    def only(self, names: list[str]) -> Plan:
+        """The plan with just these features.
+
+        Raises:
+            DynacutError: it lacks one of them.
+        """
+        for name in names:
+            if name not in self.feature_names:
+                raise DynacutError(
+                    f"the plan has no feature {name!r}", f"it has {', '.join(self.feature_names) or 'none'}"
+                )
+        return Plan(
+            self.name,
+            tuple(part for part in self.features if part.name in names),
+            tuple(edit for edit in self.edits if edit.feature in names),
+            self.modules,
+        )
+
+    def to_toml(self) -> str:
+        """The plan as TOML text that loads() reads back."""
+        import tomli_w
+
+        document: dict[str, Any] = {"format": FORMAT, "name": self.name}
+        if self.modules:
+            document["module"] = {
+                name: {"path": module.path} | ({"build_id": module.build_id} if module.build_id else {})
+                for name, module in self.modules.items()
+            }
+        if self.features:
+            document["feature"] = [
+                {
+                    "name": part.name,
+                    "on_hit": str(part.on_hit),
+                    "scope": str(part.scope),
+                    "sites": [_site_table(site) for site in part.sites],
+                }
+                for part in self.features
+            ]
+        if self.edits:
+            document["edit"] = [
+                {"at": edit.at, "old": edit.old.hex(" "), "new": edit.new.hex(" "), "feature": edit.feature}
+                for edit in self.edits
+            ]
+        return tomli_w.dumps(document)
+
+
+def _site_table(site: PlannedSite) -> dict[str, Any]:
+    table: dict[str, Any] = {"at": site.at}
+    if site.size is not None:
+        table["size"] = site.size
+    if site.old:
+        table["old"] = site.old.hex(" ")
+    return table
+
+
+def load(path: Path) -> Plan:
+    """Reads a plan file.
+
+    Raises:
+        DynacutError: it cannot be read, is no TOML, or no plan; every problem is named.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_PLAN_SIZE + 1)
+    except OSError as error:
+        raise DynacutError(f"the plan {path} cannot be read: {error.strerror}") from None
+    if len(data) > MAX_PLAN_SIZE:
+        raise DynacutError(f"the plan {path} is larger than {MAX_PLAN_SIZE >> 20} MiB")
+    try:
+        return loads(data.decode())
+    except UnicodeDecodeError:
+        raise DynacutError(f"the plan {path} is not UTF-8 text") from None
+    except DynacutError as error:
+        raise DynacutError(
+            f"{path}: {error.problem}", error.advice, status=error.status, details=error.details
+        ) from None
+
+
+def loads(text: str) -> Plan:
+    """Reads a plan from TOML text; raises like load()."""
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise DynacutError(f"not TOML: {error}") from None
+    reader = _Reader()
+    plan = reader.plan(document)
+    if reader.problems:
+        raise DynacutError("not a plan", "the guide describes the format of plans", details=reader.problems)
+    return plan
+
+
+class _Reader:
+    """Reads a document piece by piece and gathers everything that is wrong with it."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def plan(self, document: dict[str, Any]) -> Plan:
+        self._known("the plan", document, {"format", "name", "module", "feature", "edit"})
+        if document.get("format") != FORMAT:
+            self.problems.append(f"format is {document.get('format')!r}; this program reads format {FORMAT}")
+        modules = {}
+        for name, table in self._table("module", document).items():
+            if isinstance(table, dict):
+                where = f"module.{name}"
+                self._known(where, table, {"path", "build_id"})
+                build_id = self._text(where, table, "build_id", "")
+                if build_id.strip("0123456789abcdef"):
+                    self.problems.append(f"{where}: build_id is not lower-case hexadecimal")
+                modules[name] = PlannedModule(self._text(where, table, "path", ""), build_id or None)
+            else:
+                self.problems.append(f"module.{name} is not a table")
+        features = [self._feature(table) for table in self._tables("feature", document)]
+        edits = [self._edit(table) for table in self._tables("edit", document)]
+        names = [part.name for part in features]
+        for name in {name for name in names if names.count(name) > 1}:
+            self.problems.append(f"feature {name!r} occurs twice")
+        if not features and not edits:
+            self.problems.append("it has neither a [[feature]] nor an [[edit]]")
+        return Plan(self._text("the plan", document, "name", "plan"), tuple(features), tuple(edits), modules)
+
+    def _feature(self, table: dict[str, Any]) -> PlannedFeature:
+        name = self._name("a feature", table, "name", None)
+        where = f"feature {name!r}"
+        self._known(where, table, {"name", "on_hit", "scope", "sites"})
+        on_hit = OnHit.parse("terminate")
+        try:
+            on_hit = OnHit.parse(self._text(where, table, "on_hit", "terminate"))
+        except DynacutError as error:
+            self.problems.append(f"{where}: {error.problem}; {error.advice}")
+        scope = Scope.ENTRY
+        try:
+            scope = Scope(self._text(where, table, "scope", Scope.ENTRY))
+        except ValueError:
+            self.problems.append(f"{where}: scope is one of {', '.join(Scope)}")
+        sites = []
+        for entry in self._tables("sites", table, where):
+            self._known(f"{where}: a site", entry, {"at", "size", "old"})
+            size = entry.get("size")
+            if size is not None and (type(size) is not int or not 0 < size <= MAX_SITE_SIZE):
+                self.problems.append(f"{where}: size {size!r} is not a number from 1 to {MAX_SITE_SIZE}")
+                size = None
+            old = self._bytes(where, entry, "old", "")
+            if size is not None and len(old) > size:
+                self.problems.append(f"{where}: a site of {size} bytes with {len(old)} old bytes")
+            sites.append(PlannedSite(self._text(where, entry, "at", None), size, old))
+        if not sites:
+            self.problems.append(f"{where} has no sites")
+        return PlannedFeature(name, on_hit, scope, tuple(sites))
+
+    def _edit(self, table: dict[str, Any]) -> PlannedEdit:
+        self._known("an edit", table, {"at", "old", "new", "feature"})
+        at = self._text("an edit", table, "at", None)
+        where = f"edit at {at}"
+        old, new = self._bytes(where, table, "old", None), self._bytes(where, table, "new", None)
+        if len(old) != len(new) or not old or old == new:
+            self.problems.append(f"{where}: old and new must be equally long, and differ")
+        return PlannedEdit(at, old, new, self._name(where, table, "feature", EDITS))
+
+    def _known(self, where: str, table: dict[str, Any], keys: set[str]) -> None:
+        for key in table.keys() - keys:
+            self.problems.append(f"{where}: unknown key {key!r}")
+
+    def _text(self, where: str, table: dict[str, Any], key: str, default: str | None) -> str:
+        text = table.get(key, default)
+        if isinstance(text, str) and (text or default == ""):
+            return text
+        self.problems.append(f"{where}: {key} is missing" if text is None else f"{where}: {key} is not a text")
+        return default or "?"
+
+    def _name(self, where: str, table: dict[str, Any], key: str, default: str | None) -> str:
+        name = self._text(where, table, key, default)
+        problem = name_problem(name)
+        if problem:
+            self.problems.append(f"{where}: {problem}")
+        return name
+
+    def _bytes(self, where: str, table: dict[str, Any], key: str, default: str | None) -> bytes:
+        text = self._text(where, table, key, default)
+        try:
+            return bytes.fromhex(text)
+        except ValueError:
+            self.problems.append(f"{where}: {key} is not bytes in hexadecimal")
+            return b""
+
+    def _table(self, key: str, table: dict[str, Any]) -> dict[str, Any]:
+        inner = table.get(key, {})
+        if isinstance(inner, dict):
+            return inner
+        self.problems.append(f"{key} is not a table")
+        return {}
+
+    def _tables(self, key: str, table: dict[str, Any], where: str = "the plan") -> list[dict[str, Any]]:
+        tables = table.get(key, [])
+        if isinstance(tables, list) and all(isinstance(entry, dict) for entry in tables):
+            return tables
+        self.problems.append(f"{where}: {key} is not a list of tables")
+        return []
+
+
+def name_problem(name: str) -> str | None:
+    """What is wrong with a feature's name; None if nothing is."""
+    if not name.isprintable() or not 0 < len(name.encode(errors="replace")) < NAME_SIZE:
+        return f"a feature's name is 1 to {NAME_SIZE - 1} bytes of printable text, not {name!r}"
+    return None

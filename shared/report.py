@@ -1,0 +1,160 @@
+"""What is in force in a target: the features with their state and hits, and what else looks patched. Same for both
+backends, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynacut.handlers.table import Action, Table, TableSite
+from dynacut.shared.code import CodeOf
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.on_hit import OnHit
+from dynacut.shared.target import PAGE_SIZE, Target
+
+SCHEMA = 1
+_MAX_FOREIGN = 1000
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: where it is, what a hit does, how often it was hit, and whether it is patched at this moment."""
+
+    at: str
+    address: int
+    length: int
+    on_hit: str
+    hits: int
+    patched: bool
+
+
+@dataclass(frozen=True)
+class FeatureReport:
+    """One feature with its sites."""
+
+    name: str
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def patched(self) -> int:
+        """How many of its sites are patched. Fewer than all: some were learned, or a patcher was killed midway."""
+        return sum(site.patched for site in self.sites)
+
+    @property
+    def state(self) -> str:
+        """``disabled`` as soon as a site is patched, else ``enabled``."""
+        return "disabled" if self.patched else "enabled"
+
+    @property
+    def hits(self) -> int:
+        """The hits of all its sites."""
+        return sum(site.hits for site in self.sites)
+
+    def as_json(self, *, with_sites: bool) -> dict[str, Any]:
+        """The feature for --json; sites is their number, patched how many of them are in force."""
+        document: dict[str, Any] = {
+            "name": self.name,
+            "state": self.state,
+            "sites": len(self.sites),
+            "patched": self.patched,
+            "hits": self.hits,
+        }
+        if with_sites:
+            document["site_list"] = [
+                {
+                    "at": site.at,
+                    "address": f"{site.address:#x}",
+                    "length": site.length,
+                    "on_hit": site.on_hit,
+                    "hits": site.hits,
+                    "patched": site.patched,
+                }
+                for site in self.sites
+            ]
+        return document
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Bytes of a module's code that differ from its file and are not dynacut's."""
+
+    at: str
+    size: int
+    found: bytes
+    original: bytes
+
+
+def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[FeatureReport, ...]:
+    """The features that a table describes, in its order."""
+    if table is None:
+        return ()
+    by_feature: dict[str, list[SiteReport]] = {name: [] for name in table.features}
+    for site in table.sites:
+        by_feature[site.feature].append(
+            SiteReport(
+                at=codes.describe(site.address),
+                address=site.address,
+                length=len(site.old),
+                on_hit=_on_hit(site, codes),
+                hits=site.hits,
+                patched=target.read(site.address, len(site.old)) == site.new,
+            )
+        )
+    return tuple(FeatureReport(name, tuple(sites)) for name, sites in by_feature.items())
+
+
+def _on_hit(site: TableSite, codes: CodeOf) -> str:
+    if site.action is Action.EDIT:
+        return "edit"
+    destination = codes.describe(site.argument) if site.action is Action.REDIRECT else ""
+    return str(OnHit(site.action, site.argument, destination))
+
+
+def foreign_changes(target: Target, table: Table | None, codes: CodeOf) -> list[Foreign]:
+    """Code that differs from its file: other tools' breakpoints and patches.
+
+    Only pages that were written to are compared, so that nothing is loaded into the target by looking.
+    """
+    ours = list(table.sites) if table else []
+    found: list[Foreign] = []
+    for module in target.modules:
+        for mapping in module.executable_mappings:
+            pages = target.private_pages(mapping)
+            if not pages:
+                continue
+            code = codes.of(module)
+            for page in pages:
+                try:
+                    segment = code.elf.segment_at(page - module.base)
+                    size = min(PAGE_SIZE, segment.file_end - (page - module.base)) if segment else 0
+                    original = code.elf.read(page - module.base, size) if size > 0 else b""
+                except DynacutError:
+                    break  # a file that cannot be read cannot be compared with
+                memory = target.read(page, len(original))
+                if memory != original:
+                    found += _differences(codes, page, memory, original, ours)
+                if len(found) > _MAX_FOREIGN:
+                    return found
+    return found
+
+
+def _differences(codes: CodeOf, start: int, memory: bytes, original: bytes, ours: Sequence[TableSite]) -> list[Foreign]:
+    known = bytearray(len(memory))
+    for site in ours:
+        for position in range(max(0, site.address - start), min(len(memory), site.end - start)):
+            known[position] = 1
+    differing = [
+        position
+        for position, (one, other) in enumerate(zip(memory, original, strict=True))
+        if one != other and not known[position]
+    ]
+    found = []
+    first = 0
+    for index, position in enumerate(differing):
+        if index + 1 < len(differing) and differing[index + 1] == position + 1:
+            continue
+        begin, end = differing[first], position + 1
+        found.append(Foreign(codes.describe(start + begin), end - begin, memory[begin:end], original[begin:end]))
+        first = index + 1
+    return found
