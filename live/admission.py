@@ -1,0 +1,132 @@
+"""Whether a process may be patched at all: every reason against it is found before anything is touched."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from dynacut.live.proc import TaskStatus, task_status, thread_ids
+from dynacut.live.process import gone
+from dynacut.shared.errors import DynacutError
+
+_OFFLINE = "checkpoint it and use `dynacut offline` instead"
+_ELFCLASS64 = 2
+
+
+def admit(pid: int, *, changing: bool) -> None:
+    """Returns if the process may be looked at or, with changing, patched.
+
+    Raises:
+        DynacutError: it may not; the reason and the way out are named, nothing has been touched.
+    """
+    if pid == os.getpid():
+        raise DynacutError("dynacut does not patch itself", "give the pid of another process")
+    if pid == 1:
+        raise DynacutError(
+            "process 1 keeps the whole system (or container) alive and is not patched",
+            "give the pid of the server itself",
+        )
+    try:
+        status = task_status(pid)
+    except (FileNotFoundError, ProcessLookupError, OverflowError):
+        raise gone(pid) from None
+    if status.tgid != pid:
+        raise DynacutError(f"{pid} is a thread of process {status.tgid}", f"use --pid {status.tgid}")
+    label = f"process {pid} ({status.name})"
+    if status.is_kernel_thread:
+        raise DynacutError(f"{label} is a kernel thread", "only programs can be patched")
+    if status.state in "ZX":
+        raise DynacutError(f"{label} is a zombie: it has ended", "its parent has yet to reap it")
+    _check_permission(pid, label, status)
+    _check_class(pid, label)
+    if not changing:
+        return
+    if status.state == "T":
+        raise DynacutError(f"{label} is stopped by a signal", f"let it go on first: kill -CONT {pid}")
+    for tid in thread_ids(pid):
+        with suppress(OSError):  # a thread that ends meanwhile
+            _check_thread(label, task_status(pid, tid))
+
+
+def _check_thread(label: str, status: TaskStatus) -> None:
+    """Tracers and seccomp filters are a matter of each thread."""
+    if status.tracer:
+        raise DynacutError(
+            f"{label} is traced already, by process {status.tracer} ({_name(status.tracer)})",
+            f"end that debugger or tracer first, or {_OFFLINE}",
+        )
+    if status.seccomp:
+        mode = "strict mode" if status.seccomp == 1 else "a filter"
+        raise DynacutError(
+            f"{label} runs under seccomp ({mode}), which may end it when it makes a system call for dynacut",
+            _OFFLINE,
+        )
+
+
+def _check_permission(pid: int, label: str, status: TaskStatus) -> None:
+    """Opening /proc/PID/mem is allowed to just whom ptrace is allowed to (ptrace_may_access)."""
+    try:
+        os.close(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+        return
+    except (FileNotFoundError, ProcessLookupError):
+        raise gone(pid) from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise DynacutError(f"the memory of {label} cannot be opened: {error.strerror}") from None
+    raise DynacutError(*_why_not_permitted(pid, label, status))
+
+
+def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, str]:
+    me = os.geteuid()
+    if me != 0 and any(uid != me for uid in status.uids[:3]):
+        return (
+            f"{label} belongs to another user (uid {status.uids[0]})",
+            f"run dynacut as root: sudo dynacut live --pid {pid}",
+        )
+    if me != 0 and Path(f"/proc/{pid}").stat().st_uid != me:
+        return (
+            f"{label} is not dumpable: it changed its privileges, or forbade it by prctl(PR_SET_DUMPABLE)",
+            f"run dynacut as root: sudo dynacut live --pid {pid}",
+        )
+    scope = yama_scope()
+    if scope == 3:
+        return f"{label} may not be traced: Yama forbids all tracing (ptrace_scope 3)", _OFFLINE
+    if scope in (1, 2) and me != 0:
+        return (
+            f"{label} may not be traced: Yama allows {'parents' if scope == 1 else 'root'} only (ptrace_scope {scope})",
+            f"run dynacut as root: sudo dynacut live --pid {pid}",
+        )
+    return (
+        f"{label} may not be traced from here: it lies in another user namespace or container, or a security module "
+        "forbids it",
+        "run dynacut outside of the container, with CAP_SYS_PTRACE",
+    )
+
+
+def yama_scope() -> int | None:
+    """Yama's ptrace_scope (Documentation/admin-guide/LSM/Yama.rst); None where Yama is not there."""
+    try:
+        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _check_class(pid: int, label: str) -> None:
+    try:
+        with Path(f"/proc/{pid}/exe").open("rb") as file:
+            header = file.read(20)
+    except OSError as error:
+        raise DynacutError(f"the executable of {label} cannot be read: {error.strerror}") from None
+    if header[:4] != b"\x7fELF" or header[4] != _ELFCLASS64:
+        raise DynacutError(f"{label} is a 32-bit program", "dynacut patches 64-bit x86-64 programs only")
+    if header[18:20] != b"\x3e\x00":
+        raise DynacutError(f"{label} is not an x86-64 program", "dynacut patches 64-bit x86-64 programs only")
+
+
+def _name(pid: int) -> str:
+    try:
+        return task_status(pid).name
+    except OSError:
+        return "gone"

@@ -1,0 +1,129 @@
+"""One change to one process, or to a whole tree of them: everything is verified before the first is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from dynacut.handlers.table import Table
+from dynacut.live.admission import admit
+from dynacut.live.inspect import Inspection, inspect
+from dynacut.live.patcher import Patcher, locked
+from dynacut.live.process import Process
+from dynacut.live.remote import StopClock
+from dynacut.live.tree import descendants
+from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.patch_set import PatchSet
+from dynacut.shared.target import Target
+
+Resolve = Callable[[Target, Table | None], PatchSet]
+"""From a target and its table to what is to be done."""
+
+_MAX_ROUNDS = 20
+
+
+@dataclass
+class Outcome:
+    """What a change did. processes are looked at after it, the root of the tree first."""
+
+    processes: list[Inspection] = field(default_factory=list)
+    edits: int = 0
+    changed: bool = False
+    clock: StopClock = field(default_factory=StopClock)
+    skipped: list[str] = field(default_factory=list)
+    """Processes of the tree that run another program, a line each."""
+
+
+def look(pid: int, *, tree: bool) -> Outcome:
+    """Looks at a process, or at a tree, and changes nothing."""
+    outcome = Outcome()
+    for each in descendants(pid) if tree else [pid]:
+        admit(each, changing=False)
+        with Process(each) as process:
+            outcome.processes.append(inspect(process))
+    return outcome
+
+
+def change(pid: int, resolve: Resolve, *, tree: bool, dry_run: bool, timeout: float) -> Outcome:
+    """Resolves and applies a change to a process, or to it and all its descendants.
+
+    Children that are forked meanwhile are found and changed in turn; those that run another executable than the root,
+    and that the change does not fit, are left alone.
+
+    Raises:
+        DynacutError: refused, with all processes untouched; or what Patcher.apply() raises.
+    """
+    outcome = Outcome()
+    with ExitStack() as stack:
+        opened: dict[int, Process] = {}
+        for _ in range(_MAX_ROUNDS):
+            new = [each for each in (descendants(pid) if tree else [pid]) if each not in opened]
+            if not new:
+                break
+            resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout)
+            for process, patcher, patches in resolved:
+                outcome.edits += len(patches.edits)
+                if not dry_run:
+                    _apply(patcher, patches, outcome, process)
+        for process in opened.values():
+            process.refresh()
+            outcome.processes.append(inspect(process, thorough=False))
+    return outcome
+
+
+def _resolve_all(
+    pids: Sequence[int],
+    resolve: Resolve,
+    root: int,
+    opened: dict[int, Process],
+    stack: ExitStack,
+    outcome: Outcome,
+    timeout: float,
+) -> list[tuple[Process, Patcher, PatchSet]]:
+    resolved = []
+    for pid in pids:
+        try:
+            admit(pid, changing=True)
+            stack.enter_context(locked(pid))
+            process = stack.enter_context(Process(pid))
+        except DynacutError:
+            if pid != root and not _is_alive(pid):
+                continue  # a short-lived child
+            raise
+        patcher = Patcher(process, timeout, outcome.clock)
+        try:
+            patches = resolve(process, patcher.table())
+        except DynacutError as error:
+            if pid == root or process.exe == opened[root].exe:
+                raise
+            outcome.skipped.append(f"{process.label} runs {process.exe}: {error.problem}")
+            continue
+        opened[pid] = process
+        resolved.append((process, patcher, patches))
+    return resolved
+
+
+def _apply(patcher: Patcher, patches: PatchSet, outcome: Outcome, process: Process) -> None:
+    patcher.restart_clock()
+    try:
+        patcher.apply(patches)
+    except DynacutError as error:
+        if not _is_alive(process.pid) and outcome.changed:
+            return  # a child that ended meanwhile
+        if outcome.changed and error.status is ExitStatus.REFUSED:
+            error.status = ExitStatus.CHECK_FAILED
+            error.details = (
+                *error.details,
+                "other processes of the tree were changed already; --undo takes that back",
+            )
+        raise
+    outcome.changed = outcome.changed or bool(patches.edits) or patches.features != patches.before_features
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        admit(pid, changing=False)
+    except DynacutError:
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""Looking at a process without touching it: no stop, no system call of its own, nothing loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynacut.live.masks import SIGTRAP_BIT, blocking_threads
+from dynacut.live.proc import task_status
+from dynacut.live.process import Process
+from dynacut.live.region import find_region
+from dynacut.shared.code import CodeOf
+from dynacut.shared.report import FeatureReport, Foreign, features_of, foreign_changes
+from dynacut.shared.target import Module
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was seen. warnings: whatever endangers the process or makes the picture incomplete, a line each."""
+
+    pid: int
+    exe: str
+    modules: tuple[Module, ...]
+    features: tuple[FeatureReport, ...]
+    foreign: tuple[Foreign, ...]
+    warnings: tuple[str, ...]
+
+
+def inspect(process: Process, *, thorough: bool = True) -> Inspection:
+    """Looks at a process; thorough: also at what other tools have patched."""
+    found = find_region(process)
+    table = found.table if found else None
+    codes = CodeOf(process)
+    features = features_of(process, table, codes)
+    foreign = foreign_changes(process, table, codes) if thorough else []
+    return Inspection(
+        process.pid,
+        process.exe,
+        tuple(process.modules),
+        features,
+        tuple(foreign),
+        tuple(_warnings(process, features)),
+    )
+
+
+def _warnings(process: Process, features: tuple[FeatureReport, ...]) -> list[str]:
+    warnings = [
+        f"feature {feature.name!r} is only partly in force ({feature.patched} of {len(feature.sites)} sites): "
+        "a patcher was interrupted; disable or enable it again"
+        for feature in features
+        if 0 < feature.patched < len(feature.sites) and not any(site.on_hit == "learn" for site in feature.sites)
+    ]
+    in_force = any(feature.patched for feature in features)
+    if in_force and not task_status(process.pid).caught & SIGTRAP_BIT:
+        warnings.append("the program has taken SIGTRAP's action away: the next hit ends it; use --undo")
+    if in_force and (blocking := blocking_threads(process.pid)):
+        count = f"{len(blocking)} thread{'s' if len(blocking) > 1 else ''}"
+        warnings.append(f"{count} block SIGTRAP (such as {blocking[0]}): a hit there ends the program; disable again")
+    return warnings

@@ -1,0 +1,285 @@
+"""Applies a patch set to a running process, in an order that is safe at every step.
+
+On:   handler and table mapped → the table's new contents in force → SIGTRAP accepted and handled → int3 bytes → check.
+Off:  old bytes → no thread on its way to the handler → SIGTRAP's action and the masks as before → table emptied.
+
+Single bytes are written while the process runs: an instruction's first byte is either int3 or what it was. Longer ones
+need every thread stopped for a moment (window.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from dynacut.handlers.blob import handler_code
+from dynacut.handlers.table import OBSERVED_OFFSET, PREVIOUS_OFFSET, Layout, Table, TableFullError, Write
+from dynacut.live import masks
+from dynacut.live.proc import blocked_in, task_status, thread_ids
+from dynacut.live.process import Process, gone
+from dynacut.live.region import (
+    Region,
+    find_region,
+    is_our_handler,
+    original_action,
+    read_table,
+    retire,
+    write_all,
+)
+from dynacut.live.remote import Remote, StopClock
+from dynacut.live.tracee import blocked_sigchld, each_stopped
+from dynacut.live.window import write_in_window
+from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.target import SIGTRAP
+
+_STOP_TIMEOUT = 0.5
+
+
+@dataclass
+class Patcher:
+    """Patches one process. timeout: seconds that a change may take before it is refused or given up."""
+
+    process: Process
+    timeout: float = 10.0
+    clock: StopClock = field(default_factory=StopClock)
+
+    def __post_init__(self) -> None:
+        self._deadline = time.monotonic() + self.timeout
+        self._remote = Remote(self.process, self.clock, self._deadline)
+
+    def restart_clock(self) -> None:
+        """Lets the timeout count from now."""
+        self._deadline = self._remote.deadline = time.monotonic() + self.timeout
+
+    def table(self) -> Table | None:
+        """What the process's table says; None if it has none."""
+        found = find_region(self.process)
+        return found.table if found else None
+
+    def apply(self, patches: PatchSet) -> None:
+        """Applies a patch set that was resolved against the process as it is.
+
+        Raises:
+            DynacutError: with status REFUSED nothing but the handler's mapping has changed; CHECK_FAILED: the
+            target was changed, but not as it should be; UNKNOWN: it cannot be told.
+        """
+        with blocked_sigchld():
+            match patches.handler:
+                case HandlerChange.INSTALL:
+                    self._switch_off(patches)
+                case HandlerChange.KEEP:
+                    self._write(patches.edits)
+                case HandlerChange.REMOVE:
+                    self._undo(patches)
+        self._check(patches.edits)
+
+    def _switch_off(self, patches: PatchSet) -> None:
+        region, table, outgrown = self._prepare(patches)
+        try:
+            self._install(region, table)
+            if outgrown is not None:
+                retire(self.process, outgrown)
+            self._write(patches.edits)
+        except DynacutError as error:
+            self._retreat(patches, error)
+            raise
+
+    def _prepare(self, patches: PatchSet) -> tuple[Region, Table, Region | None]:
+        """A region whose table holds the patch set's contents, and the region that was too small for them."""
+        process = self.process
+        found = find_region(process)
+        old = found.table if found else None
+        if found is not None and old is not None:
+            try:
+                writes = list(old.update(patches.features, patches.sites))
+            except TableFullError:
+                pass
+            else:
+                write_all(process, found.region, writes)
+                return found.region, read_table(process, found.region), None
+        heap = sum(len(site.old) + len(site.new) for site in patches.sites)
+        layout = Layout.for_contents(len(patches.sites), heap)
+        if found is not None and old is None and found.region.table_size == layout.size:
+            region = found.region  # mapped by a patcher that was killed before it filled it
+        else:
+            region = self._remote.map_region(layout)
+        process.write(region.code, handler_code())
+        fresh = Table.empty(layout, serial=old.serial + 1 if old else 1)
+        if old is not None:
+            # It takes over masks and sites that are in force, so it must know all that the old one knew.
+            fresh = replace(fresh, previous=old.previous, repairs=old.repairs)
+            write_all(process, region, [Write(PREVIOUS_OFFSET, old.previous.pack())])
+            write_all(process, region, fresh.repair_writes(old.repairs))
+        write_all(process, region, fresh.update(patches.features, patches.sites))
+        # With its version the table comes into force, complete.
+        write_all(process, region, [replace(fresh, generation=fresh.generation + 1).header()])
+        return region, read_table(process, region), found.region if found and old else None
+
+    def _install(self, region: Region, table: Table) -> None:
+        """Makes the handler SIGTRAP's action, and SIGTRAP deliverable everywhere."""
+        process, remote = self.process, self._remote
+        actions = remote.read_actions(region, [SIGTRAP, *masks.caught_signals(process.pid)])
+        if actions.pop(SIGTRAP) != region.action:
+            # What the kernel wrote at an earlier installation is overwritten by the next: keep it first.
+            write_all(process, region, [Write(PREVIOUS_OFFSET, table.previous.pack())])
+            replaced = remote.set_actions(region, {SIGTRAP: region.action})[SIGTRAP]
+            if is_our_handler(process, replaced.handler):
+                replaced = table.previous
+            write_all(process, region, [Write(PREVIOUS_OFFSET, replaced.pack())])
+            write_all(process, region, [Write(OBSERVED_OFFSET, region.action.pack())])
+        repairs = masks.unmask_handlers(process, region, table, remote, actions)
+        masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock)
+        if not task_status(process.pid).caught & masks.SIGTRAP_BIT:
+            raise DynacutError(
+                f"{process.label} does not catch SIGTRAP although the handler was installed",
+                "it may set signal actions itself at this moment; try again",
+            )
+
+    def _undo(self, patches: PatchSet) -> None:
+        self._write(patches.edits)
+        found = find_region(self.process)
+        if found is not None and found.table is not None:
+            self._remove(found.region, found.table)
+
+    def _remove(self, region: Region, table: Table) -> None:
+        """Takes the handler out of force and empties its table; the sites' bytes are back already."""
+        process, remote = self.process, self._remote
+        self._quiesce(region)
+        if task_status(process.pid).caught & masks.SIGTRAP_BIT:
+            current = remote.read_actions(region, [SIGTRAP])[SIGTRAP]
+            if is_our_handler(process, current.handler):
+                remote.set_actions(region, {SIGTRAP: original_action(process, table)})
+        masks.mask_handlers_again(region, table, remote)
+        masks.block_threads_again(process, table.repairs, self.clock)
+        write_all(process, region, table.repair_writes(()))
+        write_all(process, region, table.update((), ()))
+
+    def _retreat(self, patches: PatchSet, error: DynacutError) -> None:
+        """After a failure, with no site patched: everything as before, or the error says that this is not known."""
+        try:
+            found = find_region(self.process)
+            if found is None or found.table is None:
+                return
+            if patches.before_sites:
+                write_all(
+                    self.process,
+                    found.region,
+                    found.table.update(patches.before_features, patches.before_sites),
+                )
+            else:
+                self.restart_clock()
+                self._remove(found.region, found.table)
+        except DynacutError:
+            error.status = ExitStatus.UNKNOWN
+
+    def _quiesce(self, region: Region) -> None:
+        """Returns when no thread can any more be on its way into the handler.
+
+        A thread that has run into an int3 gets its SIGTRAP before it returns from the kernel; one that is seen outside
+        the kernel's exception path without a pending SIGTRAP, after the int3 bytes have gone, will not get one.
+        """
+        pid = self.process.pid
+        clean: set[int] = set()
+        while True:
+            try:
+                unseen = [tid for tid in thread_ids(pid) if tid not in clean]
+            except OSError:
+                raise gone(pid) from None
+            if not unseen:
+                return
+            waiting = {tid for tid in unseen if self._waits_outside(tid, region)}
+            clean |= waiting
+            for tracee in each_stopped([tid for tid in unseen if tid not in waiting], _STOP_TIMEOUT):
+                in_handler = region.contains_code(int(tracee.registers.rip))
+                if not in_handler and not tracee.pending_signals() & masks.SIGTRAP_BIT:
+                    clean.add(tracee.tid)
+                self.clock.add(tracee.stopped_ns)
+            if time.monotonic() > self._deadline:
+                raise DynacutError(
+                    f"a thread of {self.process.label} stays in the handler",
+                    "all bytes are put back, the handler is still installed; run --undo again",
+                    status=ExitStatus.CHECK_FAILED,
+                )
+
+    def _waits_outside(self, tid: int, region: Region) -> bool:
+        """Whether a thread sleeps in a system call of the program's own, and so is on no way to the handler."""
+        pid = self.process.pid
+        try:
+            waits = blocked_in(pid, tid)
+            status = task_status(pid, tid)
+        except OSError:
+            return True  # it ended
+        if status.state in "DZX":
+            return True  # uninterruptible, as a vfork parent: in a system call, not in an exception
+        return (
+            waits is not None and not region.contains_code(waits.rip) and not status.thread_pending & masks.SIGTRAP_BIT
+        )
+
+    def _write(self, edits: Sequence[ByteEdit]) -> None:
+        """Writes edits: first bytes of int3 sites while the process runs, all the rest with its threads stopped."""
+        done: list[ByteEdit] = []
+        long = []
+        try:
+            for edit in edits:
+                head, rest = _split(edit)
+                if head is not None:
+                    self.process.write(head.address, head.new)
+                    done.append(head)
+                if rest is not None:
+                    long.append(rest)
+            if long:
+                write_in_window(self.process, long, self.clock, self._deadline)
+        except DynacutError:
+            for edit in done:
+                self.process.write(edit.address, edit.old)
+            raise
+
+    def _check(self, edits: Sequence[ByteEdit]) -> None:
+        wrong = [edit for edit in edits if self.process.read(edit.address, len(edit.new)) != edit.new]
+        if wrong:
+            raise DynacutError(
+                f"{len(wrong)} of {len(edits)} changes are not in {self.process.label} as written, the first at "
+                f"{wrong[0].address:#x}",
+                "another tool may be patching it as well; `dynacut live --pid` shows what is in force",
+                status=ExitStatus.CHECK_FAILED,
+            )
+
+
+def _split(edit: ByteEdit) -> tuple[ByteEdit | None, ByteEdit | None]:
+    """What of an edit may be written while threads run, and what needs them stopped.
+
+    A block's first byte becomes int3 first, so that nobody new enters; a plain edit of one byte is not an int3 and
+    needs the window, since a thread might see it amid an instruction's bytes.
+    """
+    if len(edit.new) == 1 and 0xCC in (edit.new[0], edit.old[0]):
+        return edit, None
+    if edit.new[0] == 0xCC and edit.old[0] != 0xCC:
+        head = ByteEdit(edit.address, edit.old[:1], edit.new[:1])
+        return head, replace(edit, old=edit.new[:1] + edit.old[1:])
+    return None, edit
+
+
+@contextmanager
+def locked(pid: int) -> Iterator[None]:
+    """Keeps other dynacut processes from patching the same process; the lock goes with this process, however it ends.
+
+    Raises:
+        DynacutError: another one holds it, or the process is gone.
+    """
+    try:
+        file = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        raise gone(pid) from None
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DynacutError(f"another dynacut is changing process {pid}", "try again when it has ended") from None
+        yield
+    finally:
+        os.close(file)

@@ -1,0 +1,132 @@
+"""What /proc tells about a process and its threads; see proc(5)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynacut.shared.target import Mapping
+
+
+def read_mappings(pid: int) -> tuple[Mapping, ...]:
+    """The VMAs of a process, ascending (proc_pid_maps(5)).
+
+    Raises:
+        OSError: no such process, or not permitted.
+    """
+    mappings = []
+    for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+        addresses, permissions, offset, _, inode, *path = line.split(maxsplit=5)
+        start, end = addresses.split(b"-")
+        mappings.append(
+            Mapping(
+                start=int(start, 16),
+                end=int(end, 16),
+                readable=permissions[0:1] == b"r",
+                writable=permissions[1:2] == b"w",
+                executable=permissions[2:3] == b"x",
+                private=permissions[3:4] == b"p",
+                file_offset=int(offset, 16),
+                path=os.fsdecode(path[0]) if path else "",
+                inode=int(inode),
+            )
+        )
+    return tuple(mappings)
+
+
+@dataclass(frozen=True)
+class TaskStatus:
+    """The fields of proc_pid_status(5) that matter here. Signal sets have bit N-1 for signal N."""
+
+    name: str
+    state: str
+    """One letter: R, S, D, T, t, Z, X, I."""
+    tgid: int
+    ppid: int
+    tracer: int
+    uids: tuple[int, ...]
+    """Real, effective, saved and file system uid."""
+    thread_pending: int
+    shared_pending: int
+    blocked: int
+    ignored: int
+    caught: int
+    seccomp: int
+    """0: none, 1: strict, 2: filter; 0 where the kernel has no seccomp."""
+    shadow_stack: bool
+    is_kernel_thread: bool
+
+
+def task_status(pid: int, tid: int | None = None) -> TaskStatus:
+    """The status of a process, or of one of its threads.
+
+    Raises:
+        FileNotFoundError, ProcessLookupError: it is gone.
+    """
+    folder = f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
+    fields: dict[str, str] = {}
+    for line in Path(folder, "status").read_text(errors="replace").splitlines():
+        key, _, content = line.partition(":")
+        fields.setdefault(key, content.strip())
+
+    def signals(key: str) -> int:
+        return int(fields.get(key, "0"), 16)
+
+    return TaskStatus(
+        name=fields["Name"],
+        state=fields["State"][0],
+        tgid=int(fields["Tgid"]),
+        ppid=int(fields["PPid"]),
+        tracer=int(fields["TracerPid"]),
+        uids=tuple(int(uid) for uid in fields["Uid"].split()),
+        thread_pending=signals("SigPnd"),
+        shared_pending=signals("ShdPnd"),
+        blocked=signals("SigBlk"),
+        ignored=signals("SigIgn"),
+        caught=signals("SigCgt"),
+        seccomp=int(fields.get("Seccomp", "0")),
+        shadow_stack="shstk" in fields.get("x86_Thread_features", "").split(),
+        # Kthread: since Linux 6.8; before that a kernel thread is known by having no memory.
+        is_kernel_thread=fields.get("Kthread") == "1" or ("VmSize" not in fields and fields["State"][0] not in "ZX"),
+    )
+
+
+def thread_ids(pid: int) -> tuple[int, ...]:
+    """The threads of a process, ascending.
+
+    Raises:
+        FileNotFoundError, ProcessLookupError: the process is gone.
+    """
+    return tuple(sorted(int(name) for name in os.listdir(f"/proc/{pid}/task")))  # noqa: PTH208 - half the cost
+
+
+def start_time(pid: int, tid: int) -> int:
+    """When a thread started, in clock ticks since boot (field 22 of proc_pid_stat(5))."""
+    stat = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
+@dataclass(frozen=True)
+class BlockedIn:
+    """A system call that a thread waits in: its number, and the address behind its syscall instruction."""
+
+    number: int
+    rip: int
+
+
+def blocked_in(pid: int, tid: int) -> BlockedIn | None:
+    """The system call a thread is blocked in (proc_pid_syscall(5)); None if it runs or cannot be looked at."""
+    try:
+        fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
+    except OSError:
+        return None
+    if len(fields) != 9 or not fields[0].isdigit():
+        return None
+    return BlockedIn(int(fields[0]), int(fields[8], 16))
+
+
+def command_line(pid: int) -> tuple[str, ...]:
+    """The arguments of a process; empty for a zombie or kernel thread."""
+    data = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return tuple(os.fsdecode(argument) for argument in data.split(b"\0")[:-1])

@@ -1,0 +1,198 @@
+"""A running process as a Target: its modules, mappings and memory."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from dynacut.live.proc import command_line, read_mappings, task_status
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.target import PAGE_SIZE, Mapping, Module
+
+
+class Process:
+    """A running process, opened for reading and writing its memory.
+
+    Mappings and modules are read once; refresh() reads them again. Use as a context manager or close() it.
+    """
+
+    def __init__(self, pid: int) -> None:
+        """Opens /proc/PID/mem; see admission.admit() for the checks that come first.
+
+        Raises:
+            DynacutError: the process is gone, or its memory may not be opened.
+        """
+        self.pid = pid
+        try:
+            self.name = task_status(pid).name
+            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError):
+            raise gone(pid) from None
+        except OSError as error:
+            raise DynacutError(
+                f"the memory of process {pid} cannot be opened: {error.strerror}",
+                "run dynacut as root or as the process's own user",
+            ) from None
+        self.refresh()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the memory; the process stays as it is."""
+        os.close(self._memory)
+
+    def refresh(self) -> None:
+        """Reads mappings and modules again."""
+        try:
+            self._mappings = read_mappings(self.pid)
+            self._exe = str(Path(f"/proc/{self.pid}/exe").readlink()).removesuffix(" (deleted)")
+        except (FileNotFoundError, ProcessLookupError):
+            raise gone(self.pid) from None
+        self._modules = _modules(self.pid, self.name, self._exe, self._mappings)
+
+    @property
+    def label(self) -> str:
+        """How to call the process in messages."""
+        return f"process {self.pid} ({self.name})"
+
+    @property
+    def exe(self) -> str:
+        """The path of the executable, in the process's own mount namespace."""
+        return self._exe
+
+    @property
+    def mappings(self) -> Sequence[Mapping]:
+        """Every VMA, ascending by address."""
+        return self._mappings
+
+    @property
+    def modules(self) -> Sequence[Module]:
+        """Every file mapped with code, the executable first."""
+        return self._modules
+
+    @property
+    def has_shadow_stack(self) -> bool:
+        """Whether the main thread uses a shadow stack (proc_pid_status(5), x86_Thread_features)."""
+        return task_status(self.pid).shadow_stack
+
+    def private_pages(self, mapping: Mapping) -> Sequence[int]:
+        """The pages of a private file mapping that are copies of their own.
+
+        Read from /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst): a present page (bit 63) that is not a
+        page of the file (bit 61) is one, and so is a swapped one (bit 62).
+        """
+        count = mapping.size // PAGE_SIZE
+        with Path(f"/proc/{self.pid}/pagemap").open("rb") as pagemap:
+            pagemap.seek(mapping.start // PAGE_SIZE * 8)
+            entries = array("Q", pagemap.read(8 * count))
+        return [
+            mapping.start + index * PAGE_SIZE
+            for index, entry in enumerate(entries)
+            if entry >> 61 and (entry >> 62 & 1 or entry >> 61 == 0b100)
+        ]
+
+    def read(self, address: int, size: int) -> bytes:
+        """Exactly size bytes at an address.
+
+        Raises:
+            DynacutError: they are not all mapped, or the process is gone.
+        """
+        data = b""
+        try:
+            while len(data) < size:
+                part = os.pread(self._memory, size - len(data), address + len(data))
+                if not part:
+                    raise gone(self.pid)  # the memory of a process that ended reads as end of file
+                data += part
+        except (OSError, OverflowError):
+            raise DynacutError(
+                f"{size} bytes at {address + len(data):#x} of {self.label} cannot be read",
+                "check the address against the modules that `dynacut live --pid` shows",
+            ) from None
+        return data
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes bytes at an address, whatever the protection there; private mappings are copied (ptrace(2)).
+
+        Raises:
+            DynacutError: not all were written.
+        """
+        try:
+            written = os.pwrite(self._memory, data, address)
+        except (OSError, OverflowError) as error:
+            raise DynacutError(
+                f"{len(data)} bytes at {address:#x} of {self.label} cannot be written: {error}"
+            ) from None
+        if written != len(data):
+            raise DynacutError(f"only {written} of {len(data)} bytes at {address:#x} of {self.label} were written")
+
+
+def gone(pid: int) -> DynacutError:
+    """The error for a process that does not exist, or no longer does."""
+    return DynacutError(f"there is no process {pid}", "`ps -e` lists the processes; a restarted server has a new pid")
+
+
+def _modules(pid: int, comm: str, exe: str, mappings: Sequence[Mapping]) -> tuple[Module, ...]:
+    by_path: dict[str, list[Mapping]] = {}
+    for mapping in mappings:
+        if mapping.is_file:
+            by_path.setdefault(mapping.path, []).append(mapping)
+    modules = []
+    for path, parts in by_path.items():
+        if not any(part.executable for part in parts):
+            continue
+        plain_path = path.removesuffix(" (deleted)")
+        is_executable = plain_path == exe
+        file_name = Path(plain_path).name
+        names = {file_name, file_name.split(".so", 1)[0] if ".so" in file_name else file_name}
+        name = file_name
+        if is_executable:
+            # Debian's redis-server is a link to redis-check-rdb: people know the process by how it was called.
+            arguments = command_line(pid)
+            called = Path(arguments[0].split()[0].rstrip(":")).name if arguments and arguments[0].split() else ""
+            names |= {part for part in (comm, called) if part}
+            name = next(
+                (alias for alias in (called, comm) if alias and (Path(plain_path).parent / alias).exists()),
+                name,
+            )
+        modules.append(
+            Module(
+                name=name,
+                names=frozenset(names),
+                path=plain_path,
+                file=_readable_file(pid, parts[0], plain_path),
+                root=Path(f"/proc/{pid}/root"),
+                base=parts[0].start - parts[0].file_offset,
+                end=parts[-1].end,
+                is_executable=is_executable,
+                mappings=tuple(parts),
+            )
+        )
+    modules.sort(key=lambda module: (not module.is_executable, module.base))
+    return tuple(modules)
+
+
+def _readable_file(pid: int, mapping: Mapping, path: str) -> Path:
+    """Where the mapped file can be read: the very inode where map_files is permitted, else by its path.
+
+    By path only if that is still the inode that is mapped: after an upgrade it is another file.
+    """
+    exact = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+    if os.access(exact, os.R_OK):
+        return exact
+    by_path = Path(f"/proc/{pid}/root{path}")
+    try:
+        if by_path.stat().st_ino == mapping.inode:
+            return by_path
+    except OSError:
+        pass
+    return exact

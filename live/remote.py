@@ -1,0 +1,234 @@
+"""System calls made by a thread of the process itself, in one shot that does not need the patcher any more.
+
+The stub is written to a slot of its own, one thread is stopped, its registers are baked into the stub, its rip is set,
+and it is let go. Killed at any instant, the patcher leaves a thread that either never saw the stub or runs it to its
+end: the registers are restored by the thread itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dynacut.handlers.table import (
+    CODE_SIZE,
+    INPUT_OFFSET,
+    MAGIC,
+    OBSERVED_OFFSET,
+    OUTPUT_OFFSET,
+    KernelAction,
+    Layout,
+)
+from dynacut.live.proc import blocked_in, task_status, thread_ids
+from dynacut.live.process import Process, gone
+from dynacut.live.region import MAX_STUB_SIZE, Region, choose_address, take_slot
+from dynacut.live.slack import find_slack
+from dynacut.live.stub import SAVED_REGISTERS, Stub
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.target import SIGTRAP
+
+_SYS_MMAP = 9
+_SYS_RT_SIGACTION = 13
+_SIGSET_SIZE = 8
+_PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
+_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x2, 0x20, 0x4000, 0x100000
+_ACTION_SIZE = 32
+_ACTIONS_PER_SHOT = 16
+_STOP_TIMEOUT = 0.5
+_RSEQ_CS_OFFSET = 8
+
+# System calls that servers wait in, and that go on unnoticed after a stop: read, poll, select, nanosleep, pause,
+# accept, recvfrom, recvmsg, wait4, futex, clock_nanosleep, epoll_wait, waitid, pselect6, ppoll, epoll_pwait, accept4,
+# epoll_pwait2.
+_WAITING = frozenset({0, 7, 23, 34, 35, 43, 45, 47, 61, 202, 230, 232, 247, 270, 271, 281, 288, 441})
+
+
+@dataclass
+class StopClock:
+    """How long threads were stopped: the sum over all stops, and the longest one, in nanoseconds."""
+
+    total_ns: int = 0
+    longest_ns: int = 0
+    stops: int = 0
+
+    def add(self, stopped_ns: int) -> None:
+        """Counts one stop."""
+        self.total_ns += stopped_ns
+        self.longest_ns = max(self.longest_ns, stopped_ns)
+        self.stops += 1
+
+
+class Remote:
+    """Makes threads of one process call the kernel. deadline is a time.monotonic() by which each call must be done."""
+
+    def __init__(self, process: Process, clock: StopClock, deadline: float) -> None:
+        self._process = process
+        self._clock = clock
+        self.deadline = deadline
+
+    def map_region(self, layout: Layout) -> Region:
+        """Maps a new region, its table marked by MAGIC but without contents.
+
+        Raises:
+            DynacutError: the process does not get the memory, or no thread can be stopped.
+        """
+        process = self._process
+        region = choose_address(process, layout)
+        stub = Stub()
+        flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
+        code_protection = _PROT_READ | _PROT_EXEC
+        stub.syscall(_SYS_MMAP, region.code, CODE_SIZE, code_protection, flags, -1, 0)
+        stub.require(region.code)
+        stub.syscall(_SYS_MMAP, region.table, layout.size, _PROT_READ | _PROT_WRITE, flags, -1, 0)
+        stub.require(region.table)
+        stub.store(region.table, int.from_bytes(MAGIC, "little"))
+        self._shoot(stub, find_slack(process, stub.size))
+
+        def mapped() -> bool:
+            try:
+                return process.read(region.table, len(MAGIC)) == MAGIC
+            except DynacutError:
+                return False
+
+        if not self._wait(mapped):
+            raise DynacutError(
+                f"{process.label} could not map {CODE_SIZE + layout.size} bytes for the handler",
+                "look at its limits of memory (prlimit --as, cgroup); `dynacut offline` does not need them",
+            )
+        process.refresh()
+        return region
+
+    def read_actions(self, region: Region, signals: list[int]) -> dict[int, KernelAction]:
+        """The process's actions for these signals, as rt_sigaction(2) tells them."""
+        return self._sigactions(region, dict.fromkeys(signals))
+
+    def set_actions(self, region: Region, actions: dict[int, KernelAction]) -> dict[int, KernelAction]:
+        """Sets actions and returns the ones they replaced."""
+        return self._sigactions(region, dict(actions))
+
+    def _sigactions(self, region: Region, actions: dict[int, KernelAction | None]) -> dict[int, KernelAction]:
+        process = self._process
+        before: dict[int, KernelAction] = {}
+        signals = list(actions)
+        for first in range(0, len(signals), _ACTIONS_PER_SHOT):
+            batch = signals[first : first + _ACTIONS_PER_SHOT]
+            stub = Stub()
+            for number in batch:
+                action = actions[number]
+                given = 0
+                if action is not None:
+                    given = region.table + INPUT_OFFSET + (number - 1) * _ACTION_SIZE
+                    process.write(given, action.pack())
+                stub.syscall(_SYS_RT_SIGACTION, number, given, _output(region, number, action), _SIGSET_SIZE)
+            slot = take_slot(process, region)
+            assert slot.done is not None
+            stub.set_byte(slot.done)
+            self._shoot(stub, slot.address)
+            done = slot.done
+            if not self._wait(lambda done=done: process.read(done, 1) == b"\1"):
+                raise DynacutError(
+                    f"a thread of {process.label} was sent through a stub and did not come to its end in time",
+                    "run `dynacut live` on it again to see what is in force",
+                    status=ExitStatus.UNKNOWN,
+                )
+            for number in batch:
+                output = process.read(_output(region, number, actions[number]), _ACTION_SIZE)
+                before[number] = KernelAction.unpack(output)
+        return before
+
+    def _shoot(self, stub: Stub, slot: int) -> None:
+        """Sends one thread through a stub at a slot; returns when it has been let go, not when it has run."""
+        process = self._process
+        if stub.size > MAX_STUB_SIZE:
+            raise AssertionError(f"a stub of {stub.size} bytes")
+        # The first write to a page copies it, which takes time: not while a thread is stopped.
+        process.write(slot, bytes(stub.size))
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            while not self._try_shot(stub, slot):
+                if time.monotonic() > self.deadline:
+                    raise DynacutError(
+                        f"no thread of {process.label} could be stopped at a safe place in time",
+                        "try again with a longer --timeout, or use `dynacut offline` on a checkpoint",
+                    )
+                time.sleep(0.001)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _try_shot(self, stub: Stub, slot: int) -> bool:
+        for tid in _candidates(self._process.pid):
+            try:
+                with Tracee(tid) as tracee:
+                    timeout = max(0.001, min(_STOP_TIMEOUT, self.deadline - time.monotonic()))
+                    tracee.interrupt(timeout)
+                    shot = self._is_safe(tracee) and self._send(tracee, stub, slot)
+                    if shot:
+                        tracee.detach()
+                self._clock.add(tracee.stopped_ns)
+            except (ThreadGoneError, NoStopError):
+                continue
+            if shot:
+                return True
+        return False
+
+    def _is_safe(self, tracee: Tracee) -> bool:
+        """Whether the thread may be sent elsewhere: no signal is on its way, and it is in no restartable sequence."""
+        if tracee.delivers_signal or tracee.pending_signals() & ~tracee.blocked_signals():
+            return False
+        if tracee.in_syscall:
+            return True
+        area = tracee.rseq_area()  # rseq(2): leaving a sequence by a jump would go unnoticed by the kernel
+        return area == 0 or self._process.read(area + _RSEQ_CS_OFFSET, 8) == bytes(8)
+
+    def _send(self, tracee: Tracee, stub: Stub, slot: int) -> bool:
+        resumption = tracee.resumption()
+        registers = {name: int(getattr(tracee.registers, name)) for name in SAVED_REGISTERS}
+        registers["rax"] = resumption.rax
+        self._process.write(slot, stub.finish(registers, resumption.rip))
+        tracee.go_to(slot)
+        return True
+
+    def _wait(self, condition: object) -> bool:
+        assert callable(condition)
+        pause = 0.00005
+        while not condition():
+            if time.monotonic() > self.deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.005)
+        return True
+
+
+def _output(region: Region, number: int, action: KernelAction | None) -> int:
+    """Where the kernel writes the action that was in force. Installing our own for SIGTRAP, that is the place where the
+    handler looks for whom to pass strange traps on to: no instant in which it would not know."""
+    if number == SIGTRAP and action is not None and action.handler == region.handler:
+        return region.table + OBSERVED_OFFSET
+    return region.table + OUTPUT_OFFSET + (number - 1) * _ACTION_SIZE
+
+
+def _candidates(pid: int) -> Iterator[int]:
+    """Threads to send through a stub, the best first: one that waits notices nothing of a stop."""
+    try:
+        tids = thread_ids(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        raise gone(pid) from None
+    others = []
+    for tid in tids:
+        waits = blocked_in(pid, tid)
+        if waits is not None and waits.number in _WAITING:
+            yield tid
+        else:
+            others.append(tid)
+    for tid in others:
+        try:
+            state = task_status(pid, tid).state
+        except OSError:
+            continue
+        if state in "RS":
+            yield tid

@@ -1,0 +1,95 @@
+"""Machine code for one shot in a stopped thread: system calls, then every register as it was, then on as before.
+
+A stub uses no stack and no flags: it must run anywhere, and the interrupted code must not notice. `syscall` clobbers
+only rax, rcx and r11 and keeps the flags; checks are made with lea and jrcxz, which do not touch them either.
+"""
+
+from __future__ import annotations
+
+import struct
+
+_MOV_R64_IMM64 = {  # opcode bytes of mov reg, imm64
+    "rax": b"\x48\xb8",
+    "rcx": b"\x48\xb9",
+    "rdx": b"\x48\xba",
+    "rsi": b"\x48\xbe",
+    "rdi": b"\x48\xbf",
+    "r8": b"\x49\xb8",
+    "r9": b"\x49\xb9",
+    "r10": b"\x49\xba",
+    "r11": b"\x49\xbb",
+}
+_MOV_R32_IMM32 = {  # clears the upper half; mov r/m64, imm32 where the value is negative
+    "rax": b"\xb8",
+    "rcx": b"\xb9",
+    "rdx": b"\xba",
+    "rsi": b"\xbe",
+    "rdi": b"\xbf",
+    "r8": b"\x41\xb8",
+    "r9": b"\x41\xb9",
+    "r10": b"\x41\xba",
+    "r11": b"\x41\xbb",
+}
+SAVED_REGISTERS = tuple(_MOV_R64_IMM64)
+_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+_SYSCALL = b"\x0f\x05"
+_LEA_RCX_RAX_RCX = b"\x48\x8d\x0c\x08"
+_JRCXZ_OVER_JMP = b"\xe3\x05"
+_JMP_REL32 = b"\xe9"
+_MOV_AT_RCX_RAX = b"\x48\x89\x01"
+_MOV_BYTE_AT_RCX_1 = b"\xc6\x01\x01"
+_JMP_NEXT_QUAD = b"\xff\x25\x00\x00\x00\x00"
+# The restoring tail: a mov for every saved register, and the jump with its target behind it.
+TAIL_SIZE = 10 * len(SAVED_REGISTERS) + len(_JMP_NEXT_QUAD) + 8
+
+
+class Stub:
+    """Builds a stub's body; finish() adds the tail that restores the registers."""
+
+    def __init__(self) -> None:
+        self._code = bytearray()
+        self._exits: list[int] = []
+
+    @property
+    def size(self) -> int:
+        """The size of the whole stub with its tail, in bytes."""
+        return len(self._code) + TAIL_SIZE
+
+    def syscall(self, number: int, *arguments: int) -> None:
+        """A system call with up to six arguments; its result is in rax."""
+        self._load("rax", number)
+        for register, argument in zip(_ARGUMENTS, arguments, strict=False):
+            self._load(register, argument)
+        self._code += _SYSCALL
+
+    def require(self, value: int) -> None:
+        """Goes on only if rax is just this value; else the rest of the body is left out."""
+        self._code += _MOV_R64_IMM64["rcx"] + struct.pack("<Q", -value % (1 << 64))
+        self._code += _LEA_RCX_RAX_RCX + _JRCXZ_OVER_JMP + _JMP_REL32
+        self._exits.append(len(self._code))
+        self._code += bytes(4)
+
+    def store(self, address: int, value: int) -> None:
+        """Writes 8 bytes at an absolute address."""
+        self._load("rcx", address)
+        self._code += _MOV_R64_IMM64["rax"] + struct.pack("<Q", value) + _MOV_AT_RCX_RAX
+
+    def set_byte(self, address: int) -> None:
+        """Writes a byte 1 at an absolute address."""
+        self._load("rcx", address)
+        self._code += _MOV_BYTE_AT_RCX_1
+
+    def finish(self, registers: dict[str, int], resume_at: int) -> bytes:
+        """The whole stub: the body, then these values in SAVED_REGISTERS, then a jump to an address."""
+        code = bytearray(self._code)
+        for position in self._exits:
+            struct.pack_into("<i", code, position, len(code) - position - 4)
+        for name in SAVED_REGISTERS:
+            code += _MOV_R64_IMM64[name] + struct.pack("<Q", registers[name])
+        return bytes(code + _JMP_NEXT_QUAD + struct.pack("<Q", resume_at))
+
+    def _load(self, register: str, value: int) -> None:
+        if 0 <= value < 1 << 32:
+            self._code += _MOV_R32_IMM32[register] + struct.pack("<I", value)
+        else:
+            self._code += _MOV_R64_IMM64[register] + struct.pack("<Q", value % (1 << 64))
