@@ -1,0 +1,48 @@
+"""How the commands speak: errors and logs on stderr, tables on a terminal, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from dynacut.shared.errors import DynacutError
+
+
+def print_error(error: DynacutError) -> None:
+    """One line saying what is wrong, the details a line each, one line saying what to do."""
+    print(f"dynacut: {error.problem}", file=sys.stderr)
+    for detail in error.details:
+        print(f"  - {detail}", file=sys.stderr)
+    if error.advice:
+        print(f"dynacut: {error.advice}", file=sys.stderr)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(document, indent=2 if sys.stdout.isatty() else None))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]], *, right: frozenset[int] = frozenset()) -> None:
+    """A table: drawn on a terminal, tab-separated without title elsewhere. right: columns aligned to the right."""
+    if not sys.stdout.isatty():
+        print("\t".join(column.upper() for column in columns))
+        for row in rows:
+            print("\t".join(row))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)
+
+
+def warn(line: str) -> None:
+    """A warning on stderr."""
+    print(f"dynacut: warning: {line}", file=sys.stderr)

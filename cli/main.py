@@ -1,0 +1,69 @@
+"""The entry point: parses the command line, runs one subcommand, turns errors into messages and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from dynacut.cli import live
+from dynacut.cli.console import print_error
+from dynacut.shared.errors import DynacutError, ExitStatus
+
+STARTED = time.perf_counter()
+_COMMANDS = (live,)
+"""Each has NAME, HELP, prepare_parser(parser) and run(arguments) -> ExitStatus."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except DynacutError as error:
+        if parsed.verbose > 1:
+            raise
+        print_error(error)
+        return int(error.status)
+    except KeyboardInterrupt:
+        print("dynacut: interrupted; `dynacut live` on the same process shows what is in force", file=sys.stderr)
+        return int(ExitStatus.UNKNOWN)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return int(ExitStatus.DONE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dynacut",
+        description="Switch code features of a running Linux process off and on again, without a restart.",
+        epilog="exit status: 0 done; 1 refused, target untouched; 2 wrong usage; 3 changed, but the check afterwards "
+        "failed; 4 state of the target unknown",
+    )
+    parser.add_argument("--version", action="version", version=f"dynacut {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        subparser = commands.add_parser(
+            command.NAME,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            epilog=command.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.prepare_parser(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("dynacut")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
