@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from dynacut.cli import live
 from dynacut.cli.console import print_error
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 done; 1 refused, target untouched; 2 wrong usage; 3 changed, but the check afterwards "
         "failed; 4 state of the target unknown",
     )
-    parser.add_argument("--version", action="version", version=f"dynacut {_version()}")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:
         subparser = commands.add_parser(
@@ -58,11 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    try:
-        return version("dynacut")
-    except PackageNotFoundError:
-        return "(not installed)"
+class _ShowVersion(argparse.Action):
+    """argparse's own version action wants the version at once, and looking it up takes 30 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"dynacut {version('dynacut')}")
+        parser.exit()
 
 
 if __name__ == "__main__":

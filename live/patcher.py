@@ -31,7 +31,7 @@ from dynacut.live.region import (
     write_all,
 )
 from dynacut.live.remote import Remote, StopClock
-from dynacut.live.tracee import blocked_sigchld, each_stopped
+from dynacut.live.tracee import each_stopped, prompt_stops
 from dynacut.live.window import write_in_window
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
@@ -68,7 +68,7 @@ class Patcher:
             DynacutError: with status REFUSED nothing but the handler's mapping has changed; CHECK_FAILED: the
             target was changed, but not as it should be; UNKNOWN: it cannot be told.
         """
-        with blocked_sigchld():
+        with prompt_stops():
             match patches.handler:
                 case HandlerChange.INSTALL:
                     self._switch_off(patches)
@@ -195,7 +195,7 @@ class Patcher:
             waiting = {tid for tid in unseen if self._waits_outside(tid, region)}
             clean |= waiting
             for tracee in each_stopped([tid for tid in unseen if tid not in waiting], _STOP_TIMEOUT):
-                in_handler = region.contains_code(int(tracee.registers.rip))
+                in_handler = region.contains_code(tracee.registers["rip"])
                 if not in_handler and not tracee.pending_signals() & masks.SIGTRAP_BIT:
                     clean.add(tracee.tid)
                 self.clock.add(tracee.stopped_ns)

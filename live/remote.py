@@ -7,7 +7,6 @@ end: the registers are restored by the thread itself.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.region import MAX_STUB_SIZE, Region, choose_address, take_slot
 from dynacut.live.slack import find_slack
-from dynacut.live.stub import SAVED_REGISTERS, Stub
+from dynacut.live.stub import Stub, restoring_tail
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP
@@ -146,27 +145,22 @@ class Remote:
             raise AssertionError(f"a stub of {stub.size} bytes")
         # The first write to a page copies it, which takes time: not while a thread is stopped.
         process.write(slot, bytes(stub.size))
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            while not self._try_shot(stub, slot):
-                if time.monotonic() > self.deadline:
-                    raise DynacutError(
-                        f"no thread of {process.label} could be stopped at a safe place in time",
-                        "try again with a longer --timeout, or use `dynacut offline` on a checkpoint",
-                    )
-                time.sleep(0.001)
-        finally:
-            if collecting:
-                gc.enable()
+        body = stub.body()
+        while not self._try_shot(body, slot):
+            if time.monotonic() > self.deadline:
+                raise DynacutError(
+                    f"no thread of {process.label} could be stopped at a safe place in time",
+                    "try again with a longer --timeout, or use `dynacut offline` on a checkpoint",
+                )
+            time.sleep(0.001)
 
-    def _try_shot(self, stub: Stub, slot: int) -> bool:
+    def _try_shot(self, body: bytes, slot: int) -> bool:
         for tid in _candidates(self._process.pid):
             try:
                 with Tracee(tid) as tracee:
                     timeout = max(0.001, min(_STOP_TIMEOUT, self.deadline - time.monotonic()))
                     tracee.interrupt(timeout)
-                    shot = self._is_safe(tracee) and self._send(tracee, stub, slot)
+                    shot = self._is_safe(tracee) and self._send(tracee, body, slot)
                     if shot:
                         tracee.detach()
                 self._clock.add(tracee.stopped_ns)
@@ -185,11 +179,9 @@ class Remote:
         area = tracee.rseq_area()  # rseq(2): leaving a sequence by a jump would go unnoticed by the kernel
         return area == 0 or self._process.read(area + _RSEQ_CS_OFFSET, 8) == bytes(8)
 
-    def _send(self, tracee: Tracee, stub: Stub, slot: int) -> bool:
+    def _send(self, tracee: Tracee, body: bytes, slot: int) -> bool:
         resumption = tracee.resumption()
-        registers = {name: int(getattr(tracee.registers, name)) for name in SAVED_REGISTERS}
-        registers["rax"] = resumption.rax
-        self._process.write(slot, stub.finish(registers, resumption.rip))
+        self._process.write(slot, body + restoring_tail(tracee.registers | {"rax": resumption.rax}, resumption.rip))
         tracee.go_to(slot)
         return True
 

@@ -7,6 +7,7 @@ only rax, rcx and r11 and keeps the flags; checks are made with lea and jrcxz, w
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 _MOV_R64_IMM64 = {  # opcode bytes of mov reg, imm64
     "rax": b"\x48\xb8",
@@ -30,7 +31,6 @@ _MOV_R32_IMM32 = {  # clears the upper half; mov r/m64, imm32 where the value is
     "r10": b"\x41\xba",
     "r11": b"\x41\xbb",
 }
-SAVED_REGISTERS = tuple(_MOV_R64_IMM64)
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _SYSCALL = b"\x0f\x05"
 _LEA_RCX_RAX_RCX = b"\x48\x8d\x0c\x08"
@@ -39,12 +39,18 @@ _JMP_REL32 = b"\xe9"
 _MOV_AT_RCX_RAX = b"\x48\x89\x01"
 _MOV_BYTE_AT_RCX_1 = b"\xc6\x01\x01"
 _JMP_NEXT_QUAD = b"\xff\x25\x00\x00\x00\x00"
-# The restoring tail: a mov for every saved register, and the jump with its target behind it.
-TAIL_SIZE = 10 * len(SAVED_REGISTERS) + len(_JMP_NEXT_QUAD) + 8
+# The restoring tail: a mov for every clobbered register, and the jump with its target behind it.
+_TAIL = struct.Struct("<" + len(_MOV_R64_IMM64) * "2sQ" + f"{len(_JMP_NEXT_QUAD)}sQ")
+
+
+def restoring_tail(registers: Mapping[str, int], resume_at: int) -> bytes:
+    """The end of a stub: the clobbered registers get their values back, then a jump to an address."""
+    values = (part for name, opcode in _MOV_R64_IMM64.items() for part in (opcode, registers[name]))
+    return _TAIL.pack(*values, _JMP_NEXT_QUAD, resume_at)
 
 
 class Stub:
-    """Builds a stub's body; finish() adds the tail that restores the registers."""
+    """Builds a stub's body."""
 
     def __init__(self) -> None:
         self._code = bytearray()
@@ -53,7 +59,7 @@ class Stub:
     @property
     def size(self) -> int:
         """The size of the whole stub with its tail, in bytes."""
-        return len(self._code) + TAIL_SIZE
+        return len(self._code) + _TAIL.size
 
     def syscall(self, number: int, *arguments: int) -> None:
         """A system call with up to six arguments; its result is in rax."""
@@ -79,14 +85,12 @@ class Stub:
         self._load("rcx", address)
         self._code += _MOV_BYTE_AT_RCX_1
 
-    def finish(self, registers: dict[str, int], resume_at: int) -> bytes:
-        """The whole stub: the body, then these values in SAVED_REGISTERS, then a jump to an address."""
+    def body(self) -> bytes:
+        """The machine code up to the tail; restoring_tail() must follow it directly."""
         code = bytearray(self._code)
         for position in self._exits:
             struct.pack_into("<i", code, position, len(code) - position - 4)
-        for name in SAVED_REGISTERS:
-            code += _MOV_R64_IMM64[name] + struct.pack("<Q", registers[name])
-        return bytes(code + _JMP_NEXT_QUAD + struct.pack("<Q", resume_at))
+        return bytes(code)
 
     def _load(self, register: str, value: int) -> None:
         if 0 <= value < 1 << 32:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import NamedTuple
 
 from ptrace.binding.func import ptrace
 from ptrace.binding.linux_struct import user_regs_struct
@@ -34,6 +36,11 @@ PTRACE_EVENT_STOP = 128
 _WALL = 0x40000000
 _SIGINFO_SIZE = 128
 _PEEKED = 32
+
+# Everything between stop and detachment counts in microseconds: buffers are made beforehand, registers read at once.
+_REGISTER_NAMES = tuple(name for name, _ in user_regs_struct._fields_)
+_REGISTERS = struct.Struct(f"<{len(_REGISTER_NAMES)}Q")
+_NEGATIVE = 1 << 63
 
 # include/linux/errno.h: what a stopped thread's rax shows of an interrupted system call that the kernel will restart.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -59,6 +66,11 @@ class _RseqConfiguration(ctypes.Structure):
     )
 
 
+_PEEK_OWN = _PeekArguments(0, 0, _PEEKED)
+_PEEK_SHARED = _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED)
+_SIGINFOS = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
+
+
 class ThreadGoneError(Exception):
     """The thread ended meanwhile."""
 
@@ -67,8 +79,7 @@ class NoStopError(Exception):
     """The thread did not stop in time: it sleeps uninterruptibly, as a vfork parent does, or is stopped by a signal."""
 
 
-@dataclass(frozen=True)
-class Resumption:
+class Resumption(NamedTuple):
     """Where an interrupted thread has to go on, and with which rax, for the stop not to show."""
 
     rip: int
@@ -91,7 +102,10 @@ class Tracee:
         self._seized = True
         self.stopped_ns = 0
         """How long the thread was stopped, from the interruption to the detachment."""
-        self.registers = user_regs_struct()
+        self.registers: dict[str, int] = {}
+        """The registers by their names in struct user_regs_struct, once the thread is stopped."""
+        self._raw_registers = user_regs_struct()
+        self._mask = ctypes.c_uint64()
         self._interrupted_at = 0
         self._signal = 0
         try:
@@ -174,7 +188,8 @@ class Tracee:
                 raise NoStopError
         else:
             self._signal = os.WSTOPSIG(status)  # about to be delivered: handed on by detach()
-        self._call(PTRACE_GETREGS, 0, ctypes.addressof(self.registers))
+        self._call(PTRACE_GETREGS, 0, ctypes.addressof(self._raw_registers))
+        self.registers = dict(zip(_REGISTER_NAMES, _REGISTERS.unpack(self._raw_registers), strict=True))
         return True
 
     @property
@@ -184,23 +199,21 @@ class Tracee:
 
     def blocked_signals(self) -> int:
         """The blocked mask, also where a system call such as ppoll has replaced it for its duration."""
-        mask = ctypes.c_uint64()
-        self._call(PTRACE_GETSIGMASK, 8, ctypes.addressof(mask))
-        return mask.value
+        self._call(PTRACE_GETSIGMASK, 8, ctypes.addressof(self._mask))
+        return self._mask.value
 
     def set_blocked_signals(self, mask: int) -> None:
         """Sets the blocked mask."""
-        self._call(PTRACE_SETSIGMASK, 8, ctypes.addressof(ctypes.c_uint64(mask)))
+        self._mask.value = mask
+        self._call(PTRACE_SETSIGMASK, 8, ctypes.addressof(self._mask))
 
     def pending_signals(self) -> int:
         """The set of signals that wait for the thread or its process (bit N-1 for signal N)."""
         pending = 0
-        buffer = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
-        for flags in (0, PTRACE_PEEKSIGINFO_SHARED):
-            arguments = _PeekArguments(0, flags, _PEEKED)
-            count = self._call(PTRACE_PEEKSIGINFO, ctypes.addressof(arguments), ctypes.addressof(buffer))
-            for index in range(count):
-                number = int.from_bytes(buffer.raw[index * _SIGINFO_SIZE : index * _SIGINFO_SIZE + 4], "little")
+        for arguments in (_PEEK_OWN, _PEEK_SHARED):
+            count = self._call(PTRACE_PEEKSIGINFO, ctypes.addressof(arguments), ctypes.addressof(_SIGINFOS))
+            for start in range(0, count * _SIGINFO_SIZE, _SIGINFO_SIZE):
+                number = int.from_bytes(_SIGINFOS.raw[start : start + 4], "little")
                 pending |= 1 << (number - 1)
         return pending
 
@@ -216,16 +229,15 @@ class Tracee:
     @property
     def in_syscall(self) -> bool:
         """Whether the stop interrupted a system call rather than the thread's own code."""
-        return ctypes.c_int64(self.registers.orig_rax).value >= 0
+        return self.registers["orig_rax"] < _NEGATIVE
 
     def resumption(self) -> Resumption:
         """Where and how the thread has to go on as if it had not been stopped."""
-        registers = self.registers
-        rip, rax = int(registers.rip), int(registers.rax)
+        rip, rax = self.registers["rip"], self.registers["rax"]
         if not self.in_syscall:
             return Resumption(rip, rax, restarts=False)
-        number = int(registers.orig_rax)
-        code = -ctypes.c_int64(rax).value
+        number = self.registers["orig_rax"]
+        code = (1 << 64) - rax  # the error, of a failed system call
         again = rip - 2  # syscall and int 0x80 are both two bytes long
         if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
             return Resumption(again, number, restarts=True)
@@ -237,17 +249,17 @@ class Tracee:
 
     def go_to(self, rip: int) -> None:
         """Lets the thread go on at another address after detach(), all other registers as they are."""
-        self.registers.rip = rip
-        self.registers.orig_rax = ctypes.c_uint64(-1).value  # or the kernel would restart a system call there
-        self._call(PTRACE_SETREGS, 0, ctypes.addressof(self.registers))
+        self._raw_registers.rip = rip
+        self._raw_registers.orig_rax = -1  # or the kernel would restart a system call there
+        self._call(PTRACE_SETREGS, 0, ctypes.addressof(self._raw_registers))
 
     def conceal(self) -> None:
         """Makes a system call that fails with EINTR after any stop start again, unless a signal is why it fails."""
-        if not self.in_syscall or ctypes.c_int64(self.registers.rax).value != -errno.EINTR or self._signal:
+        if not self.in_syscall or self.registers["rax"] != (1 << 64) - errno.EINTR or self._signal:
             return
         resumption = self.resumption()
         if resumption.restarts and not self.pending_signals() & ~self.blocked_signals():
-            self.registers.rax = resumption.rax
+            self._raw_registers.rax = resumption.rax
             self.go_to(resumption.rip)
 
     def detach(self) -> None:
@@ -272,7 +284,7 @@ class Tracee:
 def wait_for_stops(seconds: float) -> None:
     """Waits a moment for a tracee to stop.
 
-    SIGCHLD, blocked by blocked_sigchld(), comes with each stop; the moment is short for one that was missed.
+    SIGCHLD, blocked by prompt_stops(), comes with each stop; the moment is short for one that was missed.
     """
     signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(seconds, 0.002)))
 
@@ -307,13 +319,22 @@ def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
         waiting = remaining
 
 
-class blocked_sigchld:  # noqa: N801 - reads as what it does: with blocked_sigchld():
-    """Blocks SIGCHLD, so that await_stop() can wait for it instead of polling."""
-
-    def __enter__(self) -> None:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+@contextmanager
+def prompt_stops() -> Iterator[None]:
+    """For the time in which threads are stopped: SIGCHLD is blocked, so that stops can be waited for instead of polled;
+    and where it is permitted, this process takes real-time priority: were it preempted, the target would wait with it.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, policy, parameters)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -95,7 +95,7 @@ def _busy(process: Process, tracees: dict[int, Tracee], edits: Sequence[ByteEdit
     if not inner:
         return None
     for tid, tracee in tracees.items():
-        rip, stack_pointer = int(tracee.registers.rip), int(tracee.registers.rsp)
+        rip, stack_pointer = tracee.registers["rip"], tracee.registers["rsp"]
         for start, end in inner:
             # Just behind the first byte with a SIGTRAP pending: it has hit the int3 there and is on its way out.
             trapped = rip == start and tracee.pending_signals() & SIGTRAP_BIT

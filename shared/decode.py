@@ -17,8 +17,8 @@ from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.functions import FunctionRange
 
-SPAN_LIMIT = 1 << 29
-"""The most bytes from a module's first function to its last one."""
+SPAN_LIMIT = 1 << 26
+"""The most bytes from a module's first function to its last one, in addition to four times the file's size."""
 MAX_INSTRUCTION = 15
 
 _PLAIN, _COND, _CALL, _JUMP, _END, _LEA, _MOVSXD = range(7)
@@ -131,7 +131,7 @@ def sweep(elf: ElfFile, ranges: Sequence[FunctionRange]) -> Sweep:
     if not ranges:
         return Sweep(0, 0, bytearray(), ranges)
     start, end = ranges[0].start, ranges[-1].end
-    if end - start > SPAN_LIMIT:
+    if end - start > SPAN_LIMIT + 4 * len(elf.data):  # a hostile file could take any amount of memory
         raise DynacutError(f"the functions of {elf.path} are {end - start} bytes apart: too large a module")
     found = Sweep(start, end, bytearray(end - start), ranges)
     disasm, kinds = disassembler(), _Kinds()
