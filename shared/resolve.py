@@ -255,10 +255,9 @@ class _Resolver:
     def _original(self, place: Place, size: int, planned: bytes) -> bytes:
         """The bytes the file has there, once the plan and the target's memory agree with them."""
         original = place.code.elf.read(place.offset, size)
-        if planned and original[: len(planned)] != planned:
-            raise MisfitError(
-                f"{place}: the plan says {planned.hex(' ')}, the file has {original[: len(planned)].hex(' ')}"
-            )
+        in_file = place.code.elf.read(place.offset, len(planned))
+        if in_file != planned:
+            raise MisfitError(f"{place}: the plan says {planned.hex(' ')}, the file has {in_file.hex(' ')}")
         if not planned and not self._is_verified(place):
             raise MisfitError(f"{place}: the plan gives neither old bytes nor the build-id of the module")
         memory = self._target.read(place.address, size)

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * Sits in vfork, where it cannot be stopped, until the child is told to end.
+ *
+ *   (at once) -> ready, then: child PID
+ *   wake      -> resumed 0            (the child has ended, with this status)
+ *   feature 3 -> feature(3)           (once resumed)
+ */
+#define _GNU_SOURCE
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "feature.h"
+
+/* In the child, on the parent's memory: only system calls. */
+static void run_child(void)
+{
+	char line[32] = "child ", digits[16], byte;
+	size_t length = strlen(line);
+	int used = 0;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	for (pid_t pid = getpid(); pid > 0; pid /= 10)
+		digits[used++] = (char)('0' + pid % 10);
+	while (used > 0)
+		line[length++] = digits[--used];
+	line[length++] = '\n';
+	if (write(STDOUT_FILENO, line, length) != (ssize_t)length)
+		_exit(1);
+	while (read(STDIN_FILENO, &byte, 1) == 1 && byte != '\n')
+		;
+	_exit(0);
+}
+
+int main(void)
+{
+	char word[32];
+	long number;
+	int status;
+
+	say_ready();
+	pid_t child = vfork();
+	if (child < 0)
+		fail("vfork");
+	if (child == 0)
+		run_child();
+	if (waitpid(child, &status, 0) != child)
+		fail("waitpid");
+	printf("resumed %d\n", status);
+	while (next_line(word, &number)) {
+		if (strcmp(word, "feature") == 0)
+			printf("%ld\n", feature(number));
+		else
+			puts("?");
+	}
+	return 0;
+}
