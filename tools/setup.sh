@@ -2,7 +2,7 @@
 # Makes ready what `make demo`, `make check` or `make test` needs: Debian packages and a virtual environment in .venv.
 #
 #   tools/setup.sh demo     the compiler, and dynacut itself
-#   tools/setup.sh check    in addition ruff, mypy and pytest
+#   tools/setup.sh check    in addition ruff, mypy, pytest and a C++ compiler
 #   tools/setup.sh test     in addition gdb and the servers that the integration tests patch
 #
 # Does nothing, and that quickly, when all is there. As root it installs missing packages, without starting the
@@ -47,6 +47,7 @@ missing_packages() {
 	has "${CC:-gcc}" || has gcc || echo gcc
 	[ -e /usr/include/stdio.h ] || echo libc6-dev
 	has "${OBJCOPY:-objcopy}" || has objcopy || echo binutils
+	[ "$wanted" = demo ] || has g++ || echo g++
 	if [ "$wanted" = test ]; then
 		has gdb || echo gdb
 		has curl || echo curl
@@ -108,7 +109,7 @@ install_packages() {
 	for package in "$@"; do
 		case $package in
 		redis-server | nginx | lighttpd)
-			if has systemctl; then systemctl --quiet disable "$package" >/dev/null 2>&1 9>&- || :; fi
+			if has systemctl; then systemctl --quiet disable "$package.service" >/dev/null 2>&1 9>&- || :; fi
 			;;
 		esac
 	done
@@ -116,8 +117,10 @@ install_packages() {
 
 # Two makes at once would install over each other.
 mkdir -p build
-exec 9>build/setup.lock
-if has flock; then flock 9; fi
+if has flock && (: >>build/setup.lock) 2>/dev/null; then
+	exec 9>>build/setup.lock
+	flock 9
+fi
 
 # shellcheck disable=SC2046 # one word for each package
 set -- $(missing_packages)
