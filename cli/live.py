@@ -130,13 +130,18 @@ def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: floa
     if arguments.dry_run:
         print(f"{processes}: {places} would be changed; everything fits, nothing was touched")
     elif outcome.changed:
-        stops = outcome.clock
-        print(
-            f"{processes}: {places} changed in {wall_ms:.0f} ms; threads were stopped {stops.stops} times, "
-            f"{stops.total_ns / 1000:.0f} µs in all, the longest {stops.longest_ns / 1000:.0f} µs"
-        )
+        done = "everything is as it was before" if arguments.undo else "done"
+        print(f"{processes}: {done} ({places} changed) in {wall_ms:.0f} ms, {_stops(outcome)}")
     else:
         print(f"{processes}: nothing to change")
+
+
+def _stops(outcome: Outcome) -> str:
+    stops = outcome.clock
+    if not stops.stops:
+        return "without a stop"
+    times = f"{stops.stops} stop{'' if stops.stops == 1 else 's'} of a thread"
+    return f"with {times}, {stops.total_ns / 1000:.0f} µs in all, the longest {stops.longest_ns / 1000:.0f} µs"
 
 
 def _print_modules(outcome: Outcome) -> None:

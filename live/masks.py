@@ -8,7 +8,7 @@ mask of ppoll and its like, which lasts only as long as the thread sleeps and so
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dynacut.handlers.table import KernelAction, Repair, RepairKind, Table
@@ -116,7 +116,7 @@ def unmask_handlers(
 ) -> list[Repair]:
     """Clears SIGTRAP from the sa_mask of the process's own handlers; returns all repairs now on record.
 
-    actions: what read_actions() gave for caught_signals(). Should the process set an action of its own meanwhile, that
+    actions: what is in force for caught_signals(). Should the process set an action of its own meanwhile, that
     one is taken instead, and repaired in turn.
     """
     repairs = list(table.repairs)
@@ -126,26 +126,25 @@ def unmask_handlers(
             if repair not in repairs:
                 repairs.append(repair)
         write_all(process, region, table.repair_writes(repairs))
-        replaced = remote.set_actions(
+        replaced = remote.sigactions(
             region,
             {number: replace(action, mask=action.mask & ~SIGTRAP_BIT) for number, action in masked.items()},
         )
         actions = {number: action for number, action in replaced.items() if action != masked[number]}
         if actions:
-            remote.set_actions(region, actions)
+            remote.sigactions(region, actions)
     return repairs
 
 
-def mask_handlers_again(region: Region, table: Table, remote: Remote) -> None:
-    """Puts SIGTRAP back into the sa_masks it was cleared from, where the handler is still set."""
-    numbers = [repair.id for repair in table.repairs if repair.kind is RepairKind.SIGNAL_MASK]
-    if not numbers:
-        return
-    actions = remote.read_actions(region, numbers)
-    changed = {
+def masked_signals(table: Table) -> list[int]:
+    """The signals whose sa_mask was cleared of SIGTRAP."""
+    return [repair.id for repair in table.repairs if repair.kind is RepairKind.SIGNAL_MASK]
+
+
+def masked_again(actions: Mapping[int, KernelAction]) -> dict[int, KernelAction]:
+    """The actions to set so that these handlers block SIGTRAP again; a handler that is gone is left alone."""
+    return {
         number: replace(action, mask=action.mask | SIGTRAP_BIT)
         for number, action in actions.items()
         if action.handler > 1 and not action.mask & SIGTRAP_BIT
     }
-    if changed:
-        remote.set_actions(region, changed)

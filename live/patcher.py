@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.blob import handler_code
-from dynacut.handlers.table import OBSERVED_OFFSET, PREVIOUS_OFFSET, Layout, Table, TableFullError, Write
+from dynacut.handlers.table import OBSERVED_OFFSET, PREVIOUS_OFFSET, KernelAction, Layout, Table, TableFullError, Write
 from dynacut.live import masks
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
@@ -123,14 +123,14 @@ class Patcher:
     def _install(self, region: Region, table: Table) -> None:
         """Makes the handler SIGTRAP's action, and SIGTRAP deliverable everywhere."""
         process, remote = self.process, self._remote
-        actions = remote.read_actions(region, [SIGTRAP, *masks.caught_signals(process.pid)])
-        if actions.pop(SIGTRAP) != region.action:
-            # What the kernel wrote at an earlier installation is overwritten by the next: keep it first.
-            write_all(process, region, [Write(PREVIOUS_OFFSET, table.previous.pack())])
-            replaced = remote.set_actions(region, {SIGTRAP: region.action})[SIGTRAP]
-            if is_our_handler(process, replaced.handler):
-                replaced = table.previous
-            write_all(process, region, [Write(PREVIOUS_OFFSET, replaced.pack())])
+        # What the kernel wrote at an earlier installation is overwritten by this one: keep it first.
+        write_all(process, region, [Write(PREVIOUS_OFFSET, table.previous.pack())])
+        wanted: dict[int, KernelAction | None] = {SIGTRAP: region.action}
+        actions = remote.sigactions(region, wanted | dict.fromkeys(masks.caught_signals(process.pid)))
+        replaced = actions.pop(SIGTRAP)
+        if replaced.handler != region.handler:
+            if not is_our_handler(process, replaced.handler):
+                write_all(process, region, [Write(PREVIOUS_OFFSET, replaced.pack())])
             write_all(process, region, [Write(OBSERVED_OFFSET, region.action.pack())])
         repairs = masks.unmask_handlers(process, region, table, remote, actions)
         masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock)
@@ -150,11 +150,13 @@ class Patcher:
         """Takes the handler out of force and empties its table; the sites' bytes are back already."""
         process, remote = self.process, self._remote
         self._quiesce(region)
-        if task_status(process.pid).caught & masks.SIGTRAP_BIT:
-            current = remote.read_actions(region, [SIGTRAP])[SIGTRAP]
-            if is_our_handler(process, current.handler):
-                remote.set_actions(region, {SIGTRAP: original_action(process, table)})
-        masks.mask_handlers_again(region, table, remote)
+        actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masks.masked_signals(table)]))
+        changed: dict[int, KernelAction] = {}
+        if is_our_handler(process, actions.pop(SIGTRAP).handler):
+            changed[SIGTRAP] = original_action(process, table)
+        changed |= masks.masked_again(actions)
+        if changed:
+            remote.sigactions(region, changed)
         masks.block_threads_again(process, table.repairs, self.clock)
         write_all(process, region, table.repair_writes(()))
         write_all(process, region, table.update((), ()))

@@ -8,7 +8,7 @@ end: the registers are restored by the thread itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dynacut.handlers.table import (
@@ -100,15 +100,11 @@ class Remote:
         process.refresh()
         return region
 
-    def read_actions(self, region: Region, signals: list[int]) -> dict[int, KernelAction]:
-        """The process's actions for these signals, as rt_sigaction(2) tells them."""
-        return self._sigactions(region, dict.fromkeys(signals))
+    def sigactions(self, region: Region, actions: Mapping[int, KernelAction | None]) -> dict[int, KernelAction]:
+        """Sets the process's actions for signals, as rt_sigaction(2) does; None only reads.
 
-    def set_actions(self, region: Region, actions: dict[int, KernelAction]) -> dict[int, KernelAction]:
-        """Sets actions and returns the ones they replaced."""
-        return self._sigactions(region, dict(actions))
-
-    def _sigactions(self, region: Region, actions: dict[int, KernelAction | None]) -> dict[int, KernelAction]:
+        Returns the actions that were in force before.
+        """
         process = self._process
         before: dict[int, KernelAction] = {}
         signals = list(actions)
