@@ -17,7 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.blob import handler_code
-from dynacut.handlers.table import OBSERVED_OFFSET, PREVIOUS_OFFSET, KernelAction, Layout, Table, TableFullError, Write
+from dynacut.handlers.table import (
+    OBSERVED_OFFSET,
+    PREVIOUS_OFFSET,
+    Action,
+    KernelAction,
+    Layout,
+    Table,
+    TableFullError,
+    Write,
+)
 from dynacut.live import masks
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
@@ -76,7 +85,7 @@ class Patcher:
                     self._write(patches.edits)
                 case HandlerChange.REMOVE:
                     self._undo(patches)
-        self._check(patches.edits)
+        self._check(patches)
 
     def _switch_off(self, patches: PatchSet) -> None:
         region, table, outgrown = self._prepare(patches)
@@ -241,12 +250,18 @@ class Patcher:
                 self.process.write(edit.address, edit.old)
             raise
 
-    def _check(self, edits: Sequence[ByteEdit]) -> None:
-        wrong = [edit for edit in edits if self.process.read(edit.address, len(edit.new)) != edit.new]
+    def _check(self, patches: PatchSet) -> None:
+        # A block to be learned may have been put back by its first hit already.
+        learned = {site.address: site.old for site in patches.sites if site.action is Action.LEARN}
+        wrong = [
+            edit
+            for edit in patches.edits
+            if self.process.read(edit.address, len(edit.new)) not in (edit.new, learned.get(edit.address))
+        ]
         if wrong:
             raise DynacutError(
-                f"{len(wrong)} of {len(edits)} changes are not in {self.process.label} as written, the first at "
-                f"{wrong[0].address:#x}",
+                f"{len(wrong)} of {len(patches.edits)} changes are not in {self.process.label} as written, the first "
+                f"at {wrong[0].address:#x}",
                 "another tool may be patching it as well; `dynacut live --pid` shows what is in force",
                 status=ExitStatus.CHECK_FAILED,
             )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 from dynacut.live.masks import SIGTRAP_BIT
 from dynacut.live.proc import thread_ids
@@ -14,8 +16,9 @@ from dynacut.live.remote import StopClock
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import ByteEdit
+from dynacut.shared.target import PAGE_SIZE
 
-INT3 = 0xCC
+_INT3 = 0xCC
 _STOP_TIMEOUT = 0.5
 _PAUSE = 0.002
 
@@ -26,14 +29,19 @@ def write_in_window(process: Process, edits: Sequence[ByteEdit], clock: StopCloc
     Raises:
         DynacutError: until the deadline (of time.monotonic()) there was always one; nothing was written.
     """
-    edits = sorted(edits, key=lambda edit: edit.address)
+    inner = _Inner(edits)
+    runs = list(_runs(sorted(edits, key=lambda edit: edit.address)))
     while True:
+        # Everything that can be known before is found out before: while the threads are stopped, only what may differ
+        # then is looked at, and each run of neighbouring edits is one write.
         process.refresh()
+        prepared = [_Prepared.of(process, run) for run in runs]
         started = time.perf_counter_ns()
         with all_stopped(process) as tracees:
-            busy = _busy(process, tracees, edits)
+            busy = inner.find_thread(process, tracees)
             if busy is None:
-                _write_pages(process, edits)
+                for part in prepared:
+                    part.write(process)
         clock.add(time.perf_counter_ns() - started)
         if busy is None:
             return
@@ -84,68 +92,99 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
         yield held
 
 
-def _busy(process: Process, tracees: dict[int, Tracee], edits: Sequence[ByteEdit]) -> str | None:
-    """Which thread is amid an edit, or has an address on its stack that is; None if none has."""
-    # Where int3 bytes go away nobody is inside: who has hit one is in the handler, and goes on at the old bytes.
-    inner = [
-        (edit.address + 1, edit.end)
-        for edit in edits
-        if len(edit.old) > 1 and not (edit.old[0] == INT3 and edit.new[0] != INT3)
-    ]
-    if not inner:
+class _Inner:
+    """The places that no thread may be at, or return to: behind the first byte of each edit."""
+
+    def __init__(self, edits: Sequence[ByteEdit]) -> None:
+        # Where int3 bytes go away nobody is inside: who has hit one is in the handler, and goes on at the old bytes.
+        ranges = sorted(
+            (edit.address + 1, edit.end)
+            for edit in edits
+            if len(edit.old) > 1 and not (edit.old[0] == _INT3 and edit.new[0] != _INT3)
+        )
+        self._starts = [start for start, _ in ranges]
+        self._ends = [end for _, end in ranges]
+        # Memory is searched for the upper five bytes of the addresses at the speed of memchr; few patterns suffice.
+        self._patterns = {struct.pack("<Q", address >> 24)[:5] for start, end in ranges for address in (start, end - 1)}
+
+    def find_thread(self, process: Process, tracees: dict[int, Tracee]) -> str | None:
+        """Says which thread is amid an edit, or has an address on its stack that is; None if none has."""
+        if not self._starts:
+            return None
+        for tid, tracee in tracees.items():
+            rip, stack_pointer = tracee.registers["rip"], tracee.registers["rsp"]
+            index = self._index(rip)
+            # Right behind the first byte and with a SIGTRAP pending it has hit the int3 there, and is on its way out.
+            trapped = index is not None and rip == self._starts[index] and tracee.pending_signals() & SIGTRAP_BIT
+            if index is not None and not trapped:
+                return f"thread {tid} is at {rip:#x}, amid the bytes to change"
+            address = self._on_stack(process, stack_pointer)
+            if address is not None:
+                return f"thread {tid} may return to {address:#x}, amid the bytes to change"
         return None
-    for tid, tracee in tracees.items():
-        rip, stack_pointer = tracee.registers["rip"], tracee.registers["rsp"]
-        for start, end in inner:
-            # Just behind the first byte with a SIGTRAP pending: it has hit the int3 there and is on its way out.
-            trapped = rip == start and tracee.pending_signals() & SIGTRAP_BIT
-            if start <= rip < end and not trapped:
-                return f"thread {tid} is at {rip:#x}, amid the bytes to change at {start - 1:#x}"
-        address = _stack_reference(process, stack_pointer, inner)
-        if address is not None:
-            return f"thread {tid} may return to {address:#x}, amid bytes to change"
-    return None
+
+    def _index(self, address: int) -> int | None:
+        """Which of the places contains an address."""
+        index = bisect_right(self._starts, address) - 1
+        return index if index >= 0 and address < self._ends[index] else None
+
+    def _on_stack(self, process: Process, stack_pointer: int) -> int | None:
+        """An aligned word of the stack that points amid an edit: a return address, or what looks like one.
+
+        The stack pointer itself if it points to no mapping known of: then there is no telling.
+        """
+        mapping = next((part for part in process.mappings if part.start <= stack_pointer < part.end), None)
+        if mapping is None:
+            return stack_pointer
+        first = stack_pointer & ~7
+        stack = process.read(first, mapping.end - first)
+        for pattern in self._patterns:
+            position = stack.find(pattern)
+            while position >= 0:
+                if position % 8 == 3:
+                    (word,) = struct.unpack_from("<Q", stack, position - 3)
+                    if self._index(word) is not None:
+                        return int(word)
+                position = stack.find(pattern, position + 1)
+        return None
 
 
-def _stack_reference(process: Process, stack_pointer: int, ranges: Sequence[tuple[int, int]]) -> int | None:
-    """An aligned word of the stack that points into one of the ranges: a return address, or what looks like one.
+@dataclass(frozen=True)
+class _Prepared:
+    """One write: a run of neighbouring edits, with the bytes between them as they were a moment before the stop."""
 
-    The stack pointer itself if it points to no mapping known of: then there is no telling.
+    address: int
+    before: bytes
+    after: bytes
+    edits: Sequence[ByteEdit]
 
-    Memory is searched for the upper six bytes of each address, which runs at the speed of memchr.
-    """
-    mapping = next((part for part in process.mappings if part.start <= stack_pointer < part.end), None)
-    if mapping is None:
-        return stack_pointer
-    first = stack_pointer & ~7
-    stack = process.read(first, mapping.end - first)
-    prefixes = {address >> 16 for start, end in ranges for address in (start, end - 1)}
-    for prefix in prefixes:
-        pattern = struct.pack("<Q", prefix)[:6]
-        position = stack.find(pattern)
-        while position >= 0:
-            if position % 8 == 2:
-                (word,) = struct.unpack_from("<Q", stack, position - 2)
-                if any(start <= word < end for start, end in ranges):
-                    return int(word)
-            position = stack.find(pattern, position + 1)
-    return None
+    @classmethod
+    def of(cls, process: Process, run: Sequence[ByteEdit]) -> _Prepared:
+        address, size = run[0].address, run[-1].end - run[0].address
+        before = process.read(address, size)
+        # The first write to a page copies it, which takes time: let it be done before.
+        for page in range(address, address + size, PAGE_SIZE):
+            process.write(page, before[page - address : page - address + 1])
+        return cls(address, before, _with_edits(address, before, run), run)
+
+    def write(self, process: Process) -> None:
+        """Writes; bytes in between that have changed since, a block learned for example, stay as they are now."""
+        now = process.read(self.address, len(self.before))
+        after = self.after if now == self.before else _with_edits(self.address, now, self.edits)
+        process.write(self.address, after)
 
 
-def _write_pages(process: Process, edits: Sequence[ByteEdit]) -> None:
-    """One write for each run of neighbouring edits: the number of writes is what the window costs."""
-    for run in _runs(edits):
-        start, end = run[0].address, run[-1].end
-        data = bytearray(process.read(start, end - start))
-        for edit in run:
-            data[edit.address - start : edit.end - start] = edit.new
-        process.write(start, bytes(data))
+def _with_edits(address: int, data: bytes, edits: Sequence[ByteEdit]) -> bytes:
+    changed = bytearray(data)
+    for edit in edits:
+        changed[edit.address - address : edit.end - address] = edit.new
+    return bytes(changed)
 
 
 def _runs(edits: Sequence[ByteEdit]) -> Iterator[list[ByteEdit]]:
     run: list[ByteEdit] = []
     for edit in edits:
-        if run and edit.address - run[-1].end > 4096:
+        if run and edit.address - run[-1].end > PAGE_SIZE:
             yield run
             run = []
         run.append(edit)

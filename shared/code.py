@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +104,16 @@ class CodeOf:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._codes = {module.path: Code(module) for module in target.modules}
+        parts = sorted(
+            (
+                (mapping.start, mapping.end, self._codes[module.path])
+                for module in target.modules
+                for mapping in module.mappings
+            ),
+            key=lambda part: part[0],
+        )
+        self._starts = [start for start, _, _ in parts]
+        self._parts = [(end, code) for _, end, code in parts]
 
     def __iter__(self) -> Iterator[Code]:
         return iter(self._codes.values())
@@ -113,10 +124,11 @@ class CodeOf:
 
     def containing(self, address: int) -> Code | None:
         """The code that an absolute address lies in."""
-        for module in self.target.modules:
-            if module.contains(address):
-                return self.of(module)
-        return None
+        index = bisect_right(self._starts, address) - 1
+        if index < 0:
+            return None
+        end, code = self._parts[index]
+        return code if address < end else None
 
     def named(self, name: str) -> list[Code]:
         """The modules that a name in a SITE may mean."""

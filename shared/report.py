@@ -3,6 +3,7 @@ backends, as text and as JSON."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,8 @@ def foreign_changes(target: Target, table: Table | None, codes: CodeOf) -> list[
 
     Only pages that were written to are compared, so that nothing is loaded into the target by looking.
     """
-    ours = list(table.sites) if table else []
+    ours = table.sites if table else ()
+    starts = [site.address for site in ours]
     found: list[Foreign] = []
     for module in target.modules:
         for mapping in module.executable_mappings:
@@ -133,7 +135,9 @@ def foreign_changes(target: Target, table: Table | None, codes: CodeOf) -> list[
                     break  # a file that cannot be read cannot be compared with
                 memory = target.read(page, len(original))
                 if memory != original:
-                    found += _differences(codes, page, memory, original, ours)
+                    first = max(0, bisect_right(starts, page) - 1)
+                    near = ours[first : bisect_right(starts, page + PAGE_SIZE)]
+                    found += _differences(codes, page, memory, original, near)
                 if len(found) > _MAX_FOREIGN:
                     return found
     return found

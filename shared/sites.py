@@ -40,6 +40,7 @@ class Locator:
     def __init__(self, codes: CodeOf, modules: Dictionary[str, PlannedModule] | None = None) -> None:
         self._codes = codes
         self._modules = modules or {}
+        self._by_name: dict[str, Code] = {}
 
     def locate(self, site: str) -> Place:
         """Finds a SITE.
@@ -73,9 +74,15 @@ class Locator:
         return Place(code, address - code.module.base)
 
     def _module(self, site: str, name: str) -> Code:
-        planned = self._modules.get(name)
-        if planned is not None and planned.build_id:
-            return self._by_build_id(name, planned)
+        if name not in self._by_name:
+            planned = self._modules.get(name)
+            if planned is not None and planned.build_id:
+                self._by_name[name] = self._by_build_id(name, planned)
+            else:
+                self._by_name[name] = self._by_file_name(site, name)
+        return self._by_name[name]
+
+    def _by_file_name(self, site: str, name: str) -> Code:
         codes = self._codes.named(name)
         if len(codes) == 1:
             return codes[0]

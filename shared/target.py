@@ -64,10 +64,6 @@ class Module:
         """The mappings that hold code."""
         return tuple(mapping for mapping in self.mappings if mapping.executable)
 
-    def contains(self, address: int) -> bool:
-        """Whether an absolute address lies in one of the module's mappings."""
-        return any(mapping.start <= address < mapping.end for mapping in self.mappings)
-
 
 class Target(Protocol):
     """A running process or a process in a CRIU image."""
