@@ -24,7 +24,7 @@ enum dynacut_action {
 	DYNACUT_REDIRECT = 2, /* argument: absolute address to go on at */
 	DYNACUT_RETURN = 3, /* argument: value for the caller; only at a function's entry */
 	DYNACUT_SKIP = 4, /* argument: bytes to go on after the site */
-	DYNACUT_LEARN = 5, /* put the original bytes back and go on */
+	DYNACUT_LEARN = 5, /* put the original bytes back and go on; the counter tells the order of the hits */
 	DYNACUT_HANDLER = 6, /* pass to the user's own handler */
 	DYNACUT_EDIT = 7, /* plain byte edit: nothing is trapped */
 };
@@ -40,7 +40,7 @@ struct dynacut_sigaction {
 struct dynacut_site {
 	uint64_t address; /* absolute; sites ascend by it and do not overlap */
 	uint64_t argument;
-	uint32_t counter; /* index of its hit counter */
+	uint32_t counter; /* index of its hit counter, from 1 on: counter 0 numbers the hits of all blocks that learn */
 	uint32_t bytes; /* offset in the heap: `length` old bytes; for an edit `length` new ones follow */
 	uint32_t feature; /* index of its feature's name */
 	uint32_t length; /* how many bytes are patched */
@@ -79,9 +79,9 @@ struct dynacut_table {
 	uint32_t heap_capacity;
 	uint32_t repair_capacity;
 	uint32_t repair_count;
-	uint32_t features; /* offsets from the table's start */
+	uint32_t features; /* offsets from the table's start; one list of names for each bank, one behind the other */
 	uint32_t repairs;
-	uint32_t counters; /* uint64_t[site_capacity] */
+	uint32_t counters; /* uint64_t[site_capacity + 1]; at `size`: in shared memory behind the table, common to forks */
 	uint32_t heap;
 	uint32_t sites[2];
 	struct dynacut_bank bank[2];

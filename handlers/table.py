@@ -7,6 +7,7 @@ banks. Killed at any instant, the table is as before or as after.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from enum import IntEnum
 from dynacut.handlers.blob import HANDLER_ENTRY
 
 MAGIC = b"dynacut\0"
-RETIRED_MAGIC = b"dynacu-\0"
+TRACE_MAGIC = b"dyntrac\0"
+"""Of a table that collects coverage: it comes and goes by itself, its handler passes on what is not its own."""
+RETIRED_MAGICS = {MAGIC: b"dynacu-\0", TRACE_MAGIC: b"dyntra-\0"}
 """Of a table whose contents moved to a larger one; it stays mapped, a thread may still read it."""
 VERSION = 1
 CODE_SIZE = 0x20000
@@ -31,7 +34,7 @@ MIN_HEAP_CAPACITY = 1 << 16
 MAX_HEAP_CAPACITY = 1 << 28
 
 _PAGE = 4096
-_HEADER_SIZE = 2 * _PAGE
+HEADER_SIZE = 2 * _PAGE
 _FIXED = struct.Struct("<8sIB3xQ12I")
 _BANK = struct.Struct("<4I")
 _SITE = struct.Struct("<QQ5IB3x")
@@ -108,6 +111,8 @@ class TableSite:
     old: bytes
     new: bytes
     hits: int = field(default=0, compare=False)
+    order: int = field(default=0, compare=False)
+    """Of a block that learns: the number of its last hit among all such hits; 0 if it was not hit."""
 
     @property
     def end(self) -> int:
@@ -144,10 +149,17 @@ class Layout:
     sites: tuple[int, int]
     heap: int
     size: int
-    """Of the whole table, a multiple of the page size."""
+    """Of the table's private memory, a multiple of the page size."""
+    shared: bool = False
+    """Whether the counters lie behind it in memory that the process shares with what it forks."""
+
+    @property
+    def total_size(self) -> int:
+        """The table with its counters, wherever these lie; a multiple of the page size."""
+        return self.size + (_pages(8 * (self.site_capacity + 1)) if self.shared else 0)
 
     @classmethod
-    def for_contents(cls, site_count: int, heap_bytes: int) -> Layout:
+    def for_contents(cls, site_count: int, heap_bytes: int, *, shared: bool = False) -> Layout:
         """A layout with room for twice what is needed now; memory that is never written costs nothing."""
         site_capacity = MIN_SITE_CAPACITY
         while site_capacity < 2 * site_count:
@@ -157,19 +169,20 @@ class Layout:
             heap_capacity *= 2
         if site_capacity > MAX_SITE_CAPACITY or heap_capacity > MAX_HEAP_CAPACITY:
             raise TableFullError(f"{site_count} sites with {heap_bytes} bytes are more than a table can hold")
-        return cls.of_capacities(site_capacity, heap_capacity)
+        return cls.of_capacities(site_capacity, heap_capacity, shared=shared)
 
     @classmethod
-    def of_capacities(cls, site_capacity: int, heap_capacity: int) -> Layout:
+    def of_capacities(cls, site_capacity: int, heap_capacity: int, *, shared: bool = False) -> Layout:
         """The layout that follows from the capacities alone."""
-        features = _HEADER_SIZE
-        repairs = features + FEATURE_CAPACITY * NAME_SIZE
+        features = HEADER_SIZE
+        repairs = features + 2 * FEATURE_CAPACITY * NAME_SIZE
         counters = repairs + REPAIR_CAPACITY * _REPAIR.size
-        first = counters + 8 * site_capacity
+        first = counters if shared else counters + 8 * (site_capacity + 1)
         second = first + _SITE.size * site_capacity
         heap = second + _SITE.size * site_capacity
-        size = -(-(heap + heap_capacity) // _PAGE) * _PAGE
-        return cls(site_capacity, heap_capacity, features, repairs, counters, (first, second), heap, size)
+        size = _pages(heap + heap_capacity)
+        counters = size if shared else counters
+        return cls(site_capacity, heap_capacity, features, repairs, counters, (first, second), heap, size, shared)
 
 
 @dataclass(frozen=True)
@@ -238,18 +251,16 @@ class Table:
         """
         layout = self.layout
         known = {placed.site: placed for placed in self.placed}
-        kept = [known[site] for site in sites if site in known]
-        heap_used = self.heap_used if kept else 0
-        used_counters = {placed.counter for placed in kept}
-        free_counters = (index for index in range(layout.site_capacity) if index not in used_counters)
+        # What the bank in force refers to is left alone even if the new contents do not need it: killed before the last
+        # write, the table is still the old one.
+        heap_used = self.heap_used if self.placed else 0
+        used_counters = {placed.counter for placed in self.placed}
+        free_counters = (index for index in itertools.count(1) if index not in used_counters)
 
         if len(sites) > layout.site_capacity:
             raise TableFullError(f"{len(sites)} sites, room for {layout.site_capacity}")
         if len(features) > FEATURE_CAPACITY:
             raise TableFullError(f"{len(features)} features, room for {FEATURE_CAPACITY}")
-        if list(features[: len(self.features)]) != list(self.features) and kept:
-            raise ValueError("features keep their places while any site stays")
-
         feature_index = {name: index for index, name in enumerate(features)}
         heap = bytearray()
         records = bytearray()
@@ -264,6 +275,10 @@ class Table:
                     heap += site.new
                 new_counters.append(placed.counter)
             counter_count = max(counter_count, placed.counter + 1)
+            if placed.counter > layout.site_capacity:
+                raise TableFullError(
+                    f"{len(sites)} sites besides {len(used_counters)}, room for {layout.site_capacity}"
+                )
             records += _SITE.pack(
                 site.address,
                 site.argument,
@@ -280,7 +295,7 @@ class Table:
         names = b"".join(_pack_name(name) for name in features)
         generation = (self.generation + 1) & 0xFF
         bank = generation & 1
-        yield Write(layout.features, names)
+        yield Write(layout.features + bank * FEATURE_CAPACITY * NAME_SIZE, names)
         yield Write(layout.heap + heap_used, bytes(heap))
         for first, count in _runs(sorted(new_counters)):
             yield Write(layout.counters + 8 * first, bytes(8 * count))
@@ -300,19 +315,18 @@ class Table:
         yield Write(REPAIR_COUNT_OFFSET, struct.pack("<I", len(repairs)))
 
     @classmethod
-    def parse(cls, data: bytes, address: int) -> Table:
-        """Reads a whole table.
-
-        data: the table's bytes, from its start; address: where it is mapped, to tell the handler's own action from
-        the target's.
+    def layout_of(cls, data: bytes) -> Layout:
+        """The layout that a table's first HEADER_SIZE bytes describe.
 
         Raises:
-            TableError: the bytes are not a table, or its parts do not fit together.
+            TableError: they are not a table's, or its parts do not lie where they should.
         """
-        if len(data) < _HEADER_SIZE or data[:8] != MAGIC:
+        if len(data) < HEADER_SIZE:
             raise TableError("no dynacut table")
-        (_, version, generation, size, serial, site_capacity, feature_capacity, heap_capacity, repair_capacity,
+        (magic, version, _, size, _, site_capacity, feature_capacity, heap_capacity, repair_capacity,
          repair_count, *offsets) = _FIXED.unpack_from(data)  # fmt: skip
+        if magic not in (MAGIC, TRACE_MAGIC):
+            raise TableError("no dynacut table")
         if version != VERSION:
             raise TableError(f"a dynacut table of version {version}; this program knows version {VERSION}")
         if not (
@@ -323,10 +337,27 @@ class Table:
             and repair_count <= REPAIR_CAPACITY
         ):
             raise TableError("the table's capacities are out of range")
-        layout = Layout.of_capacities(site_capacity, heap_capacity)
+        counters = offsets[2]
+        layout = Layout.of_capacities(site_capacity, heap_capacity, shared=counters == size)
         placed_offsets = [layout.features, layout.repairs, layout.counters, layout.heap, *layout.sites]
-        if offsets != placed_offsets or size != layout.size or len(data) < size:
+        if offsets != placed_offsets or size != layout.size:
             raise TableError("the table's parts do not lie where they should")
+        return layout
+
+    @classmethod
+    def parse(cls, data: bytes, address: int) -> Table:
+        """Reads a whole table.
+
+        data: the table's bytes, from its start; address: where it is mapped, to tell the handler's own action from
+        the target's.
+
+        Raises:
+            TableError: the bytes are not a table, or its parts do not fit together.
+        """
+        layout = cls.layout_of(data)
+        (_, _, generation, _, serial, site_capacity, _, heap_capacity, _, repair_count, *_) = _FIXED.unpack_from(data)
+        if len(data) < layout.total_size:
+            raise TableError("the table is cut off")
         site_count, feature_count, heap_used, counter_count = _BANK.unpack_from(
             data, BANKS_OFFSET + (generation & 1) * _BANK.size
         )
@@ -334,10 +365,11 @@ class Table:
             site_count > site_capacity
             or feature_count > FEATURE_CAPACITY
             or heap_used > heap_capacity
-            or counter_count > site_capacity
+            or counter_count > site_capacity + 1
         ):
             raise TableError("the table's counts are out of range")
-        features = tuple(_unpack_name(data, layout.features + NAME_SIZE * index) for index in range(feature_count))
+        names = layout.features + (generation & 1) * FEATURE_CAPACITY * NAME_SIZE
+        features = tuple(_unpack_name(data, names + NAME_SIZE * index) for index in range(feature_count))
         placed = tuple(_parse_sites(data, layout, generation & 1, site_count, features, heap_used, counter_count))
         repairs = []
         for index in range(repair_count):
@@ -396,7 +428,10 @@ def _parse_sites(
         if action == Action.EDIT:
             new = bytes(data[layout.heap + bytes_offset + length : layout.heap + bytes_offset + needed])
         (hits,) = struct.unpack_from("<Q", data, layout.counters + 8 * counter)
-        site = TableSite(address, features[feature], action, argument, size, old, new, hits)
+        order = 0
+        if action == Action.LEARN:
+            hits, order = min(hits, 1), hits
+        site = TableSite(address, features[feature], action, argument, size, old, new, hits, order)
         yield _Placed(site, counter, bytes_offset)
 
 
@@ -415,6 +450,10 @@ def _unpack_name(data: bytes, offset: int) -> str:
     if not name or not name.isprintable():
         raise TableError("a feature's name is not readable")
     return name
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
 
 
 def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -13,8 +13,10 @@
 #include <asm/signal.h>
 #include <asm/ucontext.h>
 #include <asm/unistd.h>
+#include <linux/errno.h>
 #include <linux/fcntl.h>
 #include <linux/mman.h>
+#include <linux/uio.h>
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -105,6 +107,24 @@ static void die_at(struct ucontext *context, uint64_t address)
 	context->uc_mcontext.rip = address;
 }
 
+/* Writes to the process's own memory by process_vm_writev(2); 0, or a negative errno. */
+static long copy(uint64_t address, const uint8_t *bytes, uint64_t length)
+{
+	struct iovec from = { (void *)bytes, length }, to = { (void *)address, length };
+	long process = system_call(__NR_getpid, 0, 0, 0, 0); /* before the registers below get their values */
+	register long flags __asm__("r9") = 0;
+	register long count __asm__("r8") = 1;
+	register const struct iovec *remote __asm__("r10") = &to;
+	long result;
+
+	__asm__ volatile("syscall"
+			 : "=a"(result)
+			 : "a"(__NR_process_vm_writev), "D"(process), "S"(&from), "d"(1),
+			   "r"(remote), "r"(count), "r"(flags)
+			 : "rcx", "r11", "memory");
+	return result == (long)length ? 0 : result < 0 ? result : -EFAULT;
+}
+
 /* Writes over the target's own code. /proc/self/mem leaves the protection as it is; where there is no /proc, or it
  * belongs to somebody else (a process that changed its uid), the page is made writable for a moment. */
 static bool write_text(uint64_t address, const uint8_t *bytes, uint32_t length)
@@ -124,13 +144,20 @@ static bool write_text(uint64_t address, const uint8_t *bytes, uint32_t length)
 	}
 	uint64_t first = address & ~4095ul;
 	uint64_t size = ((address + length + 4095) & ~4095ul) - first;
-	if (system_call(__NR_mprotect, (long)first, (long)size, PROT_READ | PROT_WRITE | PROT_EXEC, 0) != 0)
-		return false;
-	volatile uint8_t *text = (volatile uint8_t *)address;
-	for (uint32_t i = length; i > 0; i--)
-		text[i - 1] = bytes[i - 1];
-	system_call(__NR_mprotect, (long)first, (long)size, PROT_READ | PROT_EXEC, 0);
-	return true;
+
+	for (int tries = 0; tries < 1000; tries++) {
+		if (system_call(__NR_mprotect, (long)first, (long)size, PROT_READ | PROT_WRITE | PROT_EXEC, 0) != 0)
+			return false;
+		/* By the kernel: it fails, instead of crashing, where another thread in here has just made the page
+		 * read-only again. */
+		long failed = length == 1 ? 0 : copy(address + 1, bytes + 1, length - 1);
+		if (failed == 0)
+			failed = copy(address, bytes, 1);
+		system_call(__NR_mprotect, (long)first, (long)size, PROT_READ | PROT_EXEC, 0);
+		if (failed != -EFAULT)
+			return failed == 0;
+	}
+	return false;
 }
 
 /* Does for a SIGTRAP that is not ours what the kernel would have done without us. */
@@ -170,31 +197,34 @@ __attribute__((section(".text.entry"))) void dynacut_trap(int signal, struct sig
 {
 	struct sigcontext *registers = &context->uc_mcontext;
 	uint64_t trap = registers->rip - 1; /* int3 leaves rip behind itself */
-	struct dynacut_site site;
+	struct dynacut_site site = { 0 };
 
 	if (info->si_code != SI_KERNEL) { /* what an int3 gives (arch/x86/kernel/traps.c); not a user's kill */
 		pass_on(signal, info, context);
 		return;
 	}
+	bool known = find_site(trap, &site);
 	if (byte_at(trap) != INT3) {
-		/* Put back between the trap and now: go on as if nothing had been there. int $3 (cd 03) is the target's. */
-		if (byte_at(trap) == 0x03 && byte_at(trap - 1) == 0xcd)
+		/* Put back between the trap and now: go on as if nothing had been there. Only int $3, the long form, looks
+		 * the same, and is the target's own. */
+		if (!known && byte_at(trap) == 0x03 && byte_at(trap - 1) == 0xcd)
 			pass_on(signal, info, context);
 		else
 			registers->rip = trap;
 		return;
 	}
-	if (!find_site(trap, &site)) {
-		if (byte_at(trap) == INT3)
-			pass_on(signal, info, context);
-		else /* undone since the look above */
-			registers->rip = trap;
+	if (!known) {
+		pass_on(signal, info, context);
 		return;
 	}
 
 	char *table = (char *)&dynacut_table;
 	uint64_t *counters = (uint64_t *)(table + dynacut_table.counters);
-	__atomic_fetch_add(&counters[site.counter], 1, __ATOMIC_RELAXED);
+	if (site.action == DYNACUT_LEARN) /* a hit for each time the block is patched; what counts is their order */
+		__atomic_store_n(&counters[site.counter], __atomic_add_fetch(&counters[0], 1, __ATOMIC_RELAXED),
+				 __ATOMIC_RELAXED);
+	else
+		__atomic_fetch_add(&counters[site.counter], 1, __ATOMIC_RELAXED);
 
 	/* In the midst of a wiped block no action fits but the two that do not depend on where in the function we are. */
 	if (trap != site.address && site.action != DYNACUT_LEARN && site.action != DYNACUT_TERMINATE) {

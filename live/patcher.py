@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.blob import handler_code
 from dynacut.handlers.table import (
+    MAGIC,
     OBSERVED_OFFSET,
     PREVIOUS_OFFSET,
+    TRACE_MAGIC,
     Action,
     KernelAction,
     Layout,
@@ -56,6 +58,8 @@ class Patcher:
     process: Process
     timeout: float = 10.0
     clock: StopClock = field(default_factory=StopClock)
+    magic: bytes = MAGIC
+    """The kind of region to work with."""
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.timeout
@@ -67,7 +71,7 @@ class Patcher:
 
     def table(self) -> Table | None:
         """What the process's table says; None if it has none."""
-        found = find_region(self.process)
+        found = find_region(self.process, self.magic)
         return found.table if found else None
 
     def apply(self, patches: PatchSet) -> None:
@@ -101,7 +105,7 @@ class Patcher:
     def _prepare(self, patches: PatchSet) -> tuple[Region, Table, Region | None]:
         """A region whose table holds the patch set's contents, and the region that was too small for them."""
         process = self.process
-        found = find_region(process)
+        found = find_region(process, self.magic)
         old = found.table if found else None
         if found is not None and old is not None:
             try:
@@ -112,11 +116,11 @@ class Patcher:
                 write_all(process, found.region, writes)
                 return found.region, read_table(process, found.region), None
         heap = sum(len(site.old) + len(site.new) for site in patches.sites)
-        layout = Layout.for_contents(len(patches.sites), heap)
+        layout = Layout.for_contents(len(patches.sites), heap, shared=self.magic == TRACE_MAGIC)
         if found is not None and old is None and found.region.table_size == layout.size:
             region = found.region  # mapped by a patcher that was killed before it filled it
         else:
-            region = self._remote.map_region(layout)
+            region = self._remote.map_region(layout, self.magic)
         process.write(region.code, handler_code())
         fresh = Table.empty(layout, serial=old.serial + 1 if old else 1)
         if old is not None:
@@ -138,7 +142,7 @@ class Patcher:
         actions = remote.sigactions(region, wanted | dict.fromkeys(masks.caught_signals(process.pid)))
         replaced = actions.pop(SIGTRAP)
         if replaced.handler != region.handler:
-            if not is_our_handler(process, replaced.handler):
+            if not is_our_handler(process, replaced.handler, self.magic):
                 write_all(process, region, [Write(PREVIOUS_OFFSET, replaced.pack())])
             write_all(process, region, [Write(OBSERVED_OFFSET, region.action.pack())])
         repairs = masks.unmask_handlers(process, region, table, remote, actions)
@@ -151,7 +155,7 @@ class Patcher:
 
     def _undo(self, patches: PatchSet) -> None:
         self._write(patches.edits)
-        found = find_region(self.process)
+        found = find_region(self.process, self.magic)
         if found is not None and found.table is not None:
             self._remove(found.region, found.table)
 
@@ -161,8 +165,8 @@ class Patcher:
         self._quiesce(region)
         actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masks.masked_signals(table)]))
         changed: dict[int, KernelAction] = {}
-        if is_our_handler(process, actions.pop(SIGTRAP).handler):
-            changed[SIGTRAP] = original_action(process, table)
+        if is_our_handler(process, actions.pop(SIGTRAP).handler, self.magic):
+            changed[SIGTRAP] = original_action(process, table, self.magic)
         changed |= masks.masked_again(actions)
         if changed:
             remote.sigactions(region, changed)
@@ -173,7 +177,7 @@ class Patcher:
     def _retreat(self, patches: PatchSet, error: DynacutError) -> None:
         """After a failure, with no site patched: everything as before, or the error says that this is not known."""
         try:
-            found = find_region(self.process)
+            found = find_region(self.process, self.magic)
             if found is None or found.table is None:
                 return
             if patches.before_sites:

@@ -12,9 +12,10 @@ from dynacut.handlers.blob import HANDLER_ENTRY, HANDLER_RESTORER
 from dynacut.handlers.table import (
     CODE_SIZE,
     FIRST_SLOT,
+    HEADER_SIZE,
     MAGIC,
     PREVIOUS_OFFSET,
-    RETIRED_MAGIC,
+    RETIRED_MAGICS,
     SLOT_COUNT,
     SLOT_DONE_OFFSET,
     SLOT_SIZE,
@@ -44,6 +45,7 @@ class Region:
 
     code: int
     table_size: int
+    """The table's private memory; what it shares with forks lies behind."""
 
     @property
     def table(self) -> int:
@@ -78,15 +80,15 @@ class FoundRegion:
     table: Table | None
 
 
-def find_region(process: Process) -> FoundRegion | None:
-    """The region in force: the one with the highest serial; else one that is mapped but not filled; else None.
+def find_region(process: Process, magic: bytes = MAGIC) -> FoundRegion | None:
+    """The region of a kind that is in force: of the highest serial; else one mapped but not filled; else None.
 
     Raises:
         DynacutError: there is a table, but of another version or damaged.
     """
     best: FoundRegion | None = None
-    for region, head in _regions(process):
-        if not head.startswith(MAGIC):
+    for region, head in _regions(process, magic):
+        if not head.startswith(magic):
             continue
         if head[VERSION_OFFSET:] == bytes(4):
             best = best or FoundRegion(region, None)
@@ -97,28 +99,28 @@ def find_region(process: Process) -> FoundRegion | None:
     return best
 
 
-def original_action(process: Process, table: Table) -> KernelAction:
-    """SIGTRAP's action before dynacut came, also where the contents have moved from region to region meanwhile."""
-    by_handler = {region.handler: region for region, _ in _regions(process)}
+def original_action(process: Process, table: Table, magic: bytes = MAGIC) -> KernelAction:
+    """SIGTRAP's action before this kind of region came, also where its contents have moved to another one meanwhile."""
+    by_handler = {region.handler: region for region, _ in _regions(process, magic)}
     action = table.previous
     while (region := by_handler.pop(action.handler, None)) is not None:
         action = KernelAction.unpack(process.read(region.table + PREVIOUS_OFFSET, 32))
     return action
 
 
-def is_our_handler(process: Process, handler: int) -> bool:
-    """Whether an address is the entry of a handler that dynacut mapped, in force or outgrown."""
-    return any(region.handler == handler for region, _ in _regions(process))
+def is_our_handler(process: Process, handler: int, magic: bytes = MAGIC) -> bool:
+    """Whether an address is the entry of a handler of this kind of region, in force or outgrown."""
+    return any(region.handler == handler for region, _ in _regions(process, magic))
 
 
-def _regions(process: Process) -> Iterator[tuple[Region, bytes]]:
-    """Every region, outgrown ones too, with the magic and version of its table."""
+def _regions(process: Process, magic: bytes) -> Iterator[tuple[Region, bytes]]:
+    """Every region of a kind, outgrown ones too, with the magic and version of its table."""
     mappings = process.mappings
     for code, table in pairwise(mappings):
         if not _looks_like_region(code, table):
             continue
         head = process.read(table.start, VERSION_OFFSET + 4)
-        if head[:VERSION_OFFSET] in (MAGIC, RETIRED_MAGIC):
+        if head[:VERSION_OFFSET] in (magic, RETIRED_MAGICS[magic]):
             yield Region(code.start, table.size), head
 
 
@@ -142,7 +144,8 @@ def read_table(process: Process, region: Region) -> Table:
         DynacutError: it is damaged, or of another version.
     """
     try:
-        return Table.parse(process.read(region.table, region.table_size), region.table)
+        layout = Table.layout_of(process.read(region.table, HEADER_SIZE))
+        return Table.parse(process.read(region.table, layout.total_size), region.table)
     except TableError as error:
         raise DynacutError(
             f"the table in {process.label} at {region.table:#x} cannot be used: {error}",
@@ -152,7 +155,7 @@ def read_table(process: Process, region: Region) -> Table:
 
 def choose_address(process: Process, layout: Layout) -> Region:
     """A place for a new region: far below the libraries, where neither heap nor mappings grow to soon."""
-    size = CODE_SIZE + layout.size
+    size = CODE_SIZE + layout.total_size
     distance = 1 << 34
     mappings = process.mappings
     # The gap below the libraries is the largest one; the kernel places new mappings at its upper end, the heap grows
@@ -180,7 +183,8 @@ def write_all(process: Process, region: Region, writes: Iterable[Write]) -> None
 
 def retire(process: Process, region: Region) -> None:
     """Marks a table whose contents moved elsewhere."""
-    process.write(region.table, RETIRED_MAGIC)
+    magic = process.read(region.table, len(MAGIC))
+    process.write(region.table, RETIRED_MAGICS.get(magic, magic))
 
 
 @dataclass(frozen=True)

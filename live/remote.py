@@ -33,7 +33,7 @@ _SYS_MMAP = 9
 _SYS_RT_SIGACTION = 13
 _SIGSET_SIZE = 8
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
-_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x2, 0x20, 0x4000, 0x100000
+_MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x1, 0x2, 0x20, 0x4000, 0x100000
 _ACTION_SIZE = 32
 _ACTIONS_PER_SHOT = 16
 _STOP_TIMEOUT = 0.5
@@ -68,8 +68,8 @@ class Remote:
         self._clock = clock
         self.deadline = deadline
 
-    def map_region(self, layout: Layout) -> Region:
-        """Maps a new region, its table marked by MAGIC but without contents.
+    def map_region(self, layout: Layout, magic: bytes = MAGIC) -> Region:
+        """Maps a new region, its table marked by the magic but without contents.
 
         Raises:
             DynacutError: the process does not get the memory, or no thread can be stopped.
@@ -83,18 +83,23 @@ class Remote:
         stub.require(region.code)
         stub.syscall(_SYS_MMAP, region.table, layout.size, _PROT_READ | _PROT_WRITE, flags, -1, 0)
         stub.require(region.table)
-        stub.store(region.table, int.from_bytes(MAGIC, "little"))
+        if layout.shared:
+            shared, size = region.table + layout.size, layout.total_size - layout.size
+            flags = flags & ~_MAP_PRIVATE | _MAP_SHARED
+            stub.syscall(_SYS_MMAP, shared, size, _PROT_READ | _PROT_WRITE, flags, -1, 0)
+            stub.require(shared)
+        stub.store(region.table, int.from_bytes(magic, "little"))
         self._shoot(stub, find_slack(process, stub.size))
 
         def mapped() -> bool:
             try:
-                return process.read(region.table, len(MAGIC)) == MAGIC
+                return process.read(region.table, len(MAGIC)) == magic
             except DynacutError:
                 return False
 
         if not self._wait(mapped):
             raise DynacutError(
-                f"{process.label} could not map {CODE_SIZE + layout.size} bytes for the handler",
+                f"{process.label} could not map {CODE_SIZE + layout.total_size} bytes for the handler",
                 "look at its limits of memory (prlimit --as, cgroup); `dynacut offline` does not need them",
             )
         process.refresh()
