@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.errors import DynacutError, printable
 
 
 def print_error(error: DynacutError) -> None:
@@ -28,7 +28,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, right:
     if not sys.stdout.isatty():
         print("\t".join(column.upper() for column in columns))
         for row in rows:
-            print("\t".join(row))
+            print("\t".join(map(printable, row)))
         return
     from rich import box
     from rich.console import Console
@@ -39,10 +39,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, right:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     Console().print(table)
 
 
 def warn(line: str) -> None:
     """A warning on stderr."""
-    print(f"dynacut: warning: {line}", file=sys.stderr)
+    print(f"dynacut: warning: {printable(line)}", file=sys.stderr)

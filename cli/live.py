@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import print_json, print_table, warn
 from dynacut.cli.what import Request, add_options
-from dynacut.shared.errors import ExitStatus
+from dynacut.shared.errors import ExitStatus, printable
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _stops(outcome: Outcome) -> str:
 
 def _print_modules(outcome: Outcome) -> None:
     root = outcome.processes[0]
-    print(f"process {root.pid}: {root.exe}")
+    print(f"process {root.pid}: {printable(root.exe)}")
     rows = [[module.name, f"{module.base:#x}", f"{module.end - module.base:,}", module.path] for module in root.modules]
     print_table("modules", ["module", "base", "bytes", "path"], rows, right=frozenset({2}))
     foreign = [

@@ -73,8 +73,10 @@ class Request:
         self.changes = bool(asked)
         if arguments.feature and arguments.plan is None:
             raise _usage("--feature chooses among the features of a plan", "give the plan by --plan FILE")
-        if (arguments.on_hit or arguments.name) and not arguments.disable:
+        if (arguments.on_hit is not None or arguments.name is not None) and not arguments.disable:
             raise _usage("--on-hit and --as belong to --disable", "a plan says itself what a hit does")
+        if arguments.scope is not None and not arguments.disable and arguments.plan is None:
+            raise _usage("--scope belongs to --disable or --plan", "what is put back is put back whole")
         if arguments.dry_run and not self.changes:
             raise _usage("--dry-run without a change to try", "add --plan, --disable, --enable or --undo")
         self._plan = self._planned()
@@ -95,7 +97,7 @@ class Request:
     @property
     def _describes_anew(self) -> bool:
         arguments = self._arguments
-        return bool(arguments.on_hit or arguments.name or arguments.scope)
+        return any(given is not None for given in (arguments.on_hit, arguments.name, arguments.scope))
 
     def _planned(self) -> Plan | None:
         arguments = self._arguments
@@ -110,12 +112,12 @@ class Request:
             return plan
         if not arguments.disable:
             return None
-        name = arguments.name or arguments.disable[0]
+        name = arguments.disable[0] if arguments.name is None else arguments.name
         if problem := name_problem(name):
             raise _usage(problem, "give another name by --as NAME")
         feature = PlannedFeature(
             name,
-            OnHit.parse(arguments.on_hit or "terminate"),
+            OnHit.parse("terminate" if arguments.on_hit is None else arguments.on_hit),
             Scope(arguments.scope or Scope.ENTRY),
             tuple(PlannedSite(site) for site in arguments.disable),
         )

@@ -306,6 +306,14 @@ class Table:
         )
         yield Write(GENERATION_OFFSET, bytes([generation]))
 
+    def carried_hits(self, old: Table) -> Iterator[Write]:
+        """The writes that give the sites of this table, just made in a new place, the hits they had in an old one."""
+        before = {placed.site: placed.site for placed in old.placed}
+        for placed in self.placed:
+            site = before.get(placed.site)
+            if site is not None and (site.hits or site.order):
+                yield Write(self.layout.counters + 8 * placed.counter, struct.pack("<Q", site.order or site.hits))
+
     def repair_writes(self, repairs: Sequence[Repair]) -> Iterator[Write]:
         """The writes, in their order, that make the table record just these repairs, the count last."""
         if len(repairs) > REPAIR_CAPACITY:

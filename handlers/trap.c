@@ -213,7 +213,7 @@ __attribute__((section(".text.entry"))) void dynacut_trap(int signal, struct sig
 			registers->rip = trap;
 		return;
 	}
-	if (!known) {
+	if (!known && !find_site(trap, &site)) { /* looked for again: the int3 may have come back meanwhile */
 		pass_on(signal, info, context);
 		return;
 	}

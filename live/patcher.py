@@ -87,9 +87,18 @@ class Patcher:
                     self._switch_off(patches)
                 case HandlerChange.KEEP:
                     self._write(patches.edits)
+                    self._set_contents(patches)
                 case HandlerChange.REMOVE:
                     self._undo(patches)
         self._check(patches)
+
+    def _set_contents(self, patches: PatchSet) -> None:
+        """Makes the table say what it shall say afterwards, where that is something else than before."""
+        if (patches.features, patches.sites) == (patches.before_features, patches.before_sites):
+            return
+        found = find_region(self.process, self.magic)
+        if found is not None and found.table is not None:
+            write_all(self.process, found.region, found.table.update(patches.features, patches.sites))
 
     def _switch_off(self, patches: PatchSet) -> None:
         region, table, outgrown = self._prepare(patches)
@@ -131,7 +140,11 @@ class Patcher:
         write_all(process, region, fresh.update(patches.features, patches.sites))
         # With its version the table comes into force, complete.
         write_all(process, region, [replace(fresh, generation=fresh.generation + 1).header()])
-        return region, read_table(process, region), found.region if found and old else None
+        table = read_table(process, region)
+        if old is None or found is None:
+            return region, table, None
+        write_all(process, region, table.carried_hits(old))
+        return region, table, found.region
 
     def _install(self, region: Region, table: Table) -> None:
         """Makes the handler SIGTRAP's action, and SIGTRAP deliverable everywhere."""

@@ -99,6 +99,11 @@ def find_region(process: Process, magic: bytes = MAGIC) -> FoundRegion | None:
     return best
 
 
+def has_region(process: Process, magic: bytes = MAGIC) -> bool:
+    """Whether a region of a kind is mapped, filled or not; cheaper than find_region()."""
+    return any(head.startswith(magic) for _, head in _regions(process, magic))
+
+
 def original_action(process: Process, table: Table, magic: bytes = MAGIC) -> KernelAction:
     """SIGTRAP's action before this kind of region came, also where its contents have moved to another one meanwhile."""
     by_handler = {region.handler: region for region, _ in _regions(process, magic)}

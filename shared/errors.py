@@ -35,7 +35,22 @@ class DynacutError(Exception):
         details: Sequence[str] = (),
     ) -> None:
         super().__init__(problem)
-        self.problem = problem
-        self.advice = advice
+        self.problem = printable(problem)
+        self.advice = printable(advice)
         self.status = status
-        self.details = tuple(details)
+        self.details = tuple(printable(detail) for detail in details)
+
+
+def shortened(text: str) -> str:
+    """A text from elsewhere, for a message: not more of it than helps."""
+    return text if len(text) <= 100 else text[:97] + "…"
+
+
+def printable(text: str) -> str:
+    """The text on one line and without control characters or undecodable bytes: these are escaped.
+
+    Paths, process names and what stands in plans come from others; on a terminal they must not be able to do anything.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynacut.handlers.table import Action
-from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.errors import DynacutError, ExitStatus, shortened
 
 DIE_BY_SIGTRAP = (1 << 64) - 1
 """The argument of TERMINATE in the table for ending by SIGTRAP at the site, rather than with an exit status."""
@@ -44,7 +44,9 @@ class OnHit:
                 return cls(Action.LEARN)
             case "handler", False:
                 return cls(Action.HANDLER)
-        raise DynacutError(f"{text!r} is no action for a hit", f"an action is {SYNTAX}", status=ExitStatus.USAGE)
+        raise DynacutError(
+            f"{shortened(text)!r} is no action for a hit", f"an action is {SYNTAX}", status=ExitStatus.USAGE
+        )
 
     def __str__(self) -> str:
         match self.action:
@@ -66,6 +68,6 @@ def _number(text: str, digits: str, low: int, high: int) -> int:
         number = None
     if number is None or not low <= number <= high:
         raise DynacutError(
-            f"{text!r}: not a number from {low} to {high}", f"an action is {SYNTAX}", status=ExitStatus.USAGE
+            f"{shortened(text)!r}: not a number from {low} to {high}", f"an action is {SYNTAX}", status=ExitStatus.USAGE
         )
     return number

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynacut.handlers.table import NAME_SIZE
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.errors import DynacutError, shortened
 from dynacut.shared.on_hit import OnHit
 
 FORMAT = 1
@@ -161,8 +161,8 @@ def loads(text: str) -> Plan:
     """Reads a plan from TOML text; raises like load()."""
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise DynacutError(f"not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        raise DynacutError(f"not TOML: {shortened(str(error))}") from None
     reader = _Reader()
     plan = reader.plan(document)
     if reader.problems:
@@ -179,30 +179,30 @@ class _Reader:
     def plan(self, document: dict[str, Any]) -> Plan:
         self._known("the plan", document, {"format", "name", "module", "feature", "edit"})
         if document.get("format") != FORMAT:
-            self.problems.append(f"format is {document.get('format')!r}; this program reads format {FORMAT}")
+            self.problems.append(f"format is {_shown(document.get('format'))}; this program reads format {FORMAT}")
         modules = {}
         for name, table in self._table("module", document).items():
             if isinstance(table, dict):
-                where = f"module.{name}"
+                where = f"module.{shortened(name)}"
                 self._known(where, table, {"path", "build_id"})
                 build_id = self._text(where, table, "build_id", "")
                 if build_id.strip("0123456789abcdef"):
                     self.problems.append(f"{where}: build_id is not lower-case hexadecimal")
                 modules[name] = PlannedModule(self._text(where, table, "path", ""), build_id or None)
             else:
-                self.problems.append(f"module.{name} is not a table")
+                self.problems.append(f"module.{shortened(name)} is not a table")
         features = [self._feature(table) for table in self._tables("feature", document)]
         edits = [self._edit(table) for table in self._tables("edit", document)]
         names = [part.name for part in features]
-        for name in {name for name in names if names.count(name) > 1}:
-            self.problems.append(f"feature {name!r} occurs twice")
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            self.problems.append(f"feature {_shown(name)} occurs twice")
         if not features and not edits:
             self.problems.append("it has neither a [[feature]] nor an [[edit]]")
         return Plan(self._text("the plan", document, "name", "plan"), tuple(features), tuple(edits), modules)
 
     def _feature(self, table: dict[str, Any]) -> PlannedFeature:
         name = self._name("a feature", table, "name", None)
-        where = f"feature {name!r}"
+        where = f"feature {_shown(name)}"
         self._known(where, table, {"name", "on_hit", "scope", "sites"})
         on_hit = OnHit.parse("terminate")
         try:
@@ -219,7 +219,7 @@ class _Reader:
             self._known(f"{where}: a site", entry, {"at", "size", "old"})
             size = entry.get("size")
             if size is not None and (type(size) is not int or not 0 < size <= MAX_SITE_SIZE):
-                self.problems.append(f"{where}: size {size!r} is not a number from 1 to {MAX_SITE_SIZE}")
+                self.problems.append(f"{where}: size {_shown(size)} is not a number from 1 to {MAX_SITE_SIZE}")
                 size = None
             old = self._bytes(where, entry, "old", "")
             if size is not None and len(old) > size:
@@ -232,15 +232,15 @@ class _Reader:
     def _edit(self, table: dict[str, Any]) -> PlannedEdit:
         self._known("an edit", table, {"at", "old", "new", "feature"})
         at = self._text("an edit", table, "at", None)
-        where = f"edit at {at}"
+        where = f"edit at {shortened(at)}"
         old, new = self._bytes(where, table, "old", None), self._bytes(where, table, "new", None)
         if len(old) != len(new) or not old or old == new:
             self.problems.append(f"{where}: old and new must be equally long, and differ")
         return PlannedEdit(at, old, new, self._name(where, table, "feature", EDITS))
 
     def _known(self, where: str, table: dict[str, Any], keys: set[str]) -> None:
-        for key in table.keys() - keys:
-            self.problems.append(f"{where}: unknown key {key!r}")
+        for key in sorted(table.keys() - keys):
+            self.problems.append(f"{where}: unknown key {_shown(key)}")
 
     def _text(self, where: str, table: dict[str, Any], key: str, default: str | None) -> str:
         text = table.get(key, default)
@@ -279,8 +279,16 @@ class _Reader:
         return []
 
 
+def _shown(value: object) -> str:
+    """A value from a plan for a message: short, whatever it is."""
+    try:
+        return shortened(repr(value))
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} beyond all measure"
+
+
 def name_problem(name: str) -> str | None:
     """What is wrong with a feature's name; None if nothing is."""
     if not name.isprintable() or not 0 < len(name.encode(errors="replace")) < NAME_SIZE:
-        return f"a feature's name is 1 to {NAME_SIZE - 1} bytes of printable text, not {name!r}"
+        return f"a feature's name is 1 to {NAME_SIZE - 1} bytes of printable text, not {_shown(name)}"
     return None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from dynacut.handlers.table import Action, Table, TableSite
@@ -126,18 +127,22 @@ def foreign_changes(target: Target, table: Table | None, codes: CodeOf) -> list[
             if not pages:
                 continue
             code = codes.of(module)
-            for page in pages:
-                try:
-                    segment = code.elf.segment_at(page - module.base)
-                    size = min(PAGE_SIZE, segment.file_end - (page - module.base)) if segment else 0
-                    original = code.elf.read(page - module.base, size) if size > 0 else b""
-                except DynacutError:
-                    break  # a file that cannot be read cannot be compared with
-                memory = target.read(page, len(original))
+            try:
+                segments = [segment for segment in code.elf.segments if segment.executable]
+            except DynacutError:
+                continue  # a file that cannot be read cannot be compared with
+            for page, segment in product(pages, segments):
+                # A page may begin, or end, amid a segment.
+                start = max(page, module.base + segment.offset)
+                end = min(page + PAGE_SIZE, module.base + segment.file_end)
+                if start >= end:
+                    continue
+                original = code.elf.read(start - module.base, end - start)
+                memory = target.read(start, end - start)
                 if memory != original:
-                    first = max(0, bisect_right(starts, page) - 1)
-                    near = ours[first : bisect_right(starts, page + PAGE_SIZE)]
-                    found += _differences(codes, page, memory, original, near)
+                    first = max(0, bisect_right(starts, start) - 1)
+                    near = ours[first : bisect_right(starts, end)]
+                    found += _differences(codes, start, memory, original, near)
                 if len(found) > _MAX_FOREIGN:
                     return found
     return found

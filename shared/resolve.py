@@ -9,6 +9,7 @@ from itertools import pairwise
 from dynacut.handlers.table import Action, Table, TableSite
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.functions import FunctionRange
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedSite, Scope
@@ -48,11 +49,8 @@ def disable(plan: Plan, target: Target, table: Table | None) -> PatchSet:
         if len(shown) == 1:
             raise DynacutError(shown[0], resolver.advice)
         raise DynacutError(f"the plan does not fit {target.label}", resolver.advice, details=shown)
-    edits = tuple(
-        ByteEdit(site.address, site.old, site.new)
-        for site in sorted(wanted, key=lambda site: site.address)
-        if target.read(site.address, len(site.old)) != site.new
-    )
+    in_memory = [(site, target.read(site.address, len(site.old))) for site in sites if site.feature in replaced]
+    edits = tuple(ByteEdit(site.address, found, site.new) for site, found in in_memory if found != site.new)
     features = (*known_features, *(name for name in plan.feature_names if name not in known_features))
     return PatchSet(edits, HandlerChange.INSTALL, features, sites, known_features, known_sites)
 
@@ -223,7 +221,9 @@ class _Resolver:
     def _edit(self, edit: PlannedEdit) -> TableSite:
         place = self._locator.locate(edit.at)
         self._check_place(place)
-        self._check_end(place, len(edit.old))
+        self._check_inside(place, len(edit.old))
+        if edit.new[:1] == INT3:
+            raise MisfitError(f"{place}: an edit to int3 has no action for its hits; make it a site of a feature")
         original = self._original(place, len(edit.old), edit.old)
         return TableSite(place.address, edit.feature, Action.EDIT, 0, len(original), original, edit.new)
 
@@ -243,13 +243,16 @@ class _Resolver:
                 f"{place} is not the first byte of an instruction (function {function.start:#x}-{function.end:#x})"
             )
 
-    def _check_end(self, place: Place, size: int) -> None:
+    def _check_inside(self, place: Place, size: int) -> FunctionRange:
         function = place.code.function_at(place.offset)
-        end = place.offset + size
         assert function is not None
-        if end > function.end:
+        if place.offset + size > function.end:
             raise MisfitError(f"{place}: {size} bytes reach beyond its function, which ends at {function.end:#x}")
-        if end < function.end and not place.code.is_boundary(end):
+        return function
+
+    def _check_end(self, place: Place, size: int) -> None:
+        end = place.offset + size
+        if end < self._check_inside(place, size).end and not place.code.is_boundary(end):
             raise MisfitError(f"{place}: {size} bytes end in the midst of an instruction")
 
     def _original(self, place: Place, size: int, planned: bytes) -> bytes:

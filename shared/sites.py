@@ -13,9 +13,10 @@ from dynacut.shared.plan import PlannedModule
 
 SYNTAX = "module+0xOFFSET, symbol, symbol+0xOFF, module!symbol, file.c:LINE or 0xADDRESS"
 
-_ABSOLUTE = re.compile(r"0x[0-9a-fA-F]+")
-_LINE = re.compile(r"(?P<file>[^!]+):(?P<line>[0-9]+)")
-_PLACE = re.compile(r"(?:(?P<module>[^!]+)!)?(?P<name>[^!]+?)(?:\+(?P<offset>0x[0-9a-fA-F]+|[0-9]+))?")
+_ABSOLUTE = re.compile(r"0x[0-9a-fA-F]{1,16}")
+_LINE = re.compile(r"(?P<file>[^!]+):(?P<line>[0-9]{1,9})")
+_PLACE = re.compile(r"(?:(?P<module>[^!]+)!)?(?P<name>[^!]+?)(?:\+(?P<offset>0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}))?")
+_MAX_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Locator:
             DynacutError: it is not well-formed, not found (near matches are named), or ambiguous (the candidates are).
         """
         site = site.strip()
+        if len(site) > _MAX_LENGTH:
+            raise DynacutError(f"{site[:60]!r}… is not a site: {len(site)} characters", f"a site is {SYNTAX}")
         if _ABSOLUTE.fullmatch(site):
             return self._absolute(site)
         if line := _LINE.fullmatch(site):

@@ -1,0 +1,122 @@
+"""Starting a program that waits at its entry point until it is let go: to trace it from its first block on."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from ptrace.binding.func import PTRACE_TRACEME, ptrace
+from ptrace.error import PtraceError
+
+from dynacut.live.process import Process
+from dynacut.live.tracee import PTRACE_DETACH, NoStopError, ThreadGoneError, Tracee, prompt_stops
+from dynacut.shared.errors import DynacutError
+
+_AT_ENTRY = 9
+_JUMP_TO_ITSELF = b"\xeb\xfe"
+_EXEC_TIMEOUT = 10.0
+
+
+class HeldProgram:
+    """A program that was just started and spins at its entry point.
+
+    The dynamic linker has not run yet when this returns; it runs at once, and the program's own code begins when
+    release() has put the entry's bytes back. Leaving the context without release() kills the program.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Starts it.
+
+        Raises:
+            DynacutError: it cannot be executed.
+        """
+        self.pid = _start(command)
+        try:
+            self.entry = _entry_point(self.pid)
+            with Process(self.pid) as process:
+                self.original = process.read(self.entry, len(_JUMP_TO_ITSELF))
+                process.write(self.entry, _JUMP_TO_ITSELF)
+            ptrace(PTRACE_DETACH, self.pid)
+        except BaseException:
+            os.kill(self.pid, 9)
+            os.waitpid(self.pid, 0)
+            raise
+        self._held = True
+
+    def __enter__(self) -> HeldProgram:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._held:
+            os.kill(self.pid, 9)
+
+    def await_entry(self, process: Process, timeout: float) -> None:
+        """Returns when the dynamic linker has mapped the libraries and jumped to the entry point.
+
+        Raises:
+            DynacutError: the program ended before, or did not get there in time.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            ended, _ = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self._held = False
+                raise DynacutError("the program ended before its own code began", "start it by hand to see why")
+            if _instruction_pointer(self.pid) in range(self.entry, self.entry + 2):
+                process.refresh()
+                return
+            time.sleep(0.001)
+        raise DynacutError("the program did not come to its entry point in time")
+
+    def release(self, process: Process) -> None:
+        """Lets it go: the entry point gets its bytes back, both at once as far as the program can tell."""
+        with prompt_stops(), Tracee(self.pid) as tracee:
+            tracee.interrupt(1.0)
+            process.write(self.entry, self.original)
+        self._held = False
+
+
+def _start(command: Sequence[str]) -> int:
+    """Forks and executes; returns with the child stopped behind its execve."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ptrace(PTRACE_TRACEME)
+            os.execvp(command[0], list(command))
+        except (OSError, PtraceError) as error:
+            os.write(write_end, str(getattr(error, "strerror", None) or error).encode())
+        finally:
+            os._exit(127)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        failure = pipe.read().decode()
+    _, status = os.waitpid(pid, 0)
+    if failure or not os.WIFSTOPPED(status):
+        raise DynacutError(f"{command[0]} cannot be executed: {failure or 'it ended at once'}")
+    return pid
+
+
+def _entry_point(pid: int) -> int:
+    """AT_ENTRY of the auxiliary vector (getauxval(3)): the program's own entry, not the dynamic linker's."""
+    auxv = Path(f"/proc/{pid}/auxv").read_bytes()
+    for kind, value in struct.iter_unpack("<QQ", auxv):
+        if kind == _AT_ENTRY:
+            return int(value)
+    raise DynacutError(f"process {pid} has no entry point in its auxiliary vector")
+
+
+def _instruction_pointer(pid: int) -> int:
+    """Where a process is, by stopping it for an instant."""
+    try:
+        with prompt_stops(), Tracee(pid) as tracee:
+            tracee.interrupt(1.0)
+            return tracee.registers["rip"]
+    except (ThreadGoneError, NoStopError):
+        return 0

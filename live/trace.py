@@ -1,0 +1,248 @@
+"""Coverage of a running process: every block learns.
+
+Each block's first byte becomes an int3 whose action is `learn`: the first hit puts the block back, in the process
+itself, and numbers it in counters that the process shares with what it forks. So no tracer need be attached, a block
+costs nothing after its first hit, and a tracer that is killed leaves blocks that heal themselves.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dynacut.handlers.table import TRACE_MAGIC, Action, TableSite
+from dynacut.live.patcher import Patcher
+from dynacut.live.proc import task_status
+from dynacut.live.process import Process
+from dynacut.live.region import FoundRegion, find_region, has_region
+from dynacut.live.remote import StopClock
+from dynacut.live.tree import descendants
+from dynacut.shared import resolve
+from dynacut.shared.code import Code, CodeOf
+from dynacut.shared.coverage import Coverage, CoveredModule
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.target import Module
+
+_FEATURE = "trace"
+_INT3 = 0xCC
+_INT3_BYTE = b"\xcc"
+
+
+@dataclass(frozen=True)
+class _Block:
+    code: Code
+    offset: int
+    size: int
+    original: bytes
+
+
+class Trace:
+    """Block coverage of one process and its descendants, from arm() to disarm()."""
+
+    def __init__(self, process: Process, modules: Sequence[Module], *, timeout: float = 60.0) -> None:
+        """modules: those to trace; the block map of each is taken from the cache, or made."""
+        self.clock = StopClock()
+        self._process = process
+        self._timeout = timeout
+        codes = CodeOf(process)
+        self._codes = [codes.of(module) for module in modules]
+        self._blocks: dict[int, _Block] = {}
+        self._by_counter: dict[int, _Block] = {}
+        self._counters: memoryview | mmap.mmap = memoryview(b"")
+        self._counter_bytes = 0
+        self._phase_start = 0
+        self._seen = 0
+        self._noted: list[_Block] = []
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process, or a descendant that inherited the trace, still runs."""
+        try:
+            return task_status(self._process.pid).state not in "ZX"
+        except OSError:
+            return False
+
+    @property
+    def armed(self) -> int:
+        """How many blocks are traced."""
+        return len(self._blocks)
+
+    def arm(self) -> None:
+        """Arms every block that can be. Blocks with other bytes than in the file are left alone: others' patches.
+
+        Raises:
+            DynacutError: the process cannot be patched; it is as it was.
+        """
+        self._blocks = {block.code.module.base + block.offset: block for block in self._armable()}
+        if not self._blocks:
+            raise DynacutError("there is no block to trace", "choose other modules by --module")
+        sites = tuple(
+            TableSite(address, _FEATURE, Action.LEARN, 0, block.size, block.original, _INT3_BYTE)
+            for address, block in sorted(self._blocks.items())
+        )
+        edits = tuple(ByteEdit(site.address, site.old, site.new) for site in sites)
+        patcher = self._patcher(self._process)
+        patcher.apply(PatchSet(edits, HandlerChange.INSTALL, (_FEATURE,), sites))
+        found = find_region(self._process, TRACE_MAGIC)
+        assert found is not None
+        assert found.table is not None
+        self._by_counter = {placed.counter: self._blocks[placed.site.address] for placed in found.table.placed}
+        address = found.region.table + found.table.layout.counters
+        self._counters = _shared_memory(self._process, address)
+        self._counter_bytes = 8 * (max(self._by_counter) + 1)
+        self._phase_start = self._seen = self._numbers()[0]
+
+    def note(self, address: int) -> None:
+        """Counts the block at an address as hit in this phase: the entry point of a held program cannot be armed."""
+        for code in self._codes:
+            block = code.blocks.block_at(address - code.module.base)
+            if block is not None and code.module.base <= address < code.module.end:
+                self._noted.append(_Block(code, block.start, block.size, b""))
+
+    def poll(self) -> int:
+        """How many blocks were hit in this phase so far."""
+        self._seen = self._numbers()[0]
+        return self._seen - self._phase_start
+
+    def coverage(self) -> Coverage:
+        """The blocks hit in this phase, in the order of their first hits."""
+        numbers = self._numbers()
+        self._seen = numbers[0]
+        hits = sorted(
+            (numbers[counter], counter) for counter in self._by_counter if numbers[counter] > self._phase_start
+        )
+        blocks: dict[str, dict[int, int]] = {code.module.path: {} for code in self._codes}
+        for block in self._noted:
+            blocks[block.code.module.path][block.offset] = block.size
+        for _, counter in hits:
+            block = self._by_counter[counter]
+            blocks[block.code.module.path][block.offset] = block.size
+        return Coverage(
+            tuple(
+                CoveredModule(code.module.name, code.module.path, code.elf.build_id, blocks[code.module.path])
+                for code in self._codes
+            )
+        )
+
+    def next_phase(self) -> Coverage:
+        """Closes the phase: its coverage; and arms all blocks again, in the descendants too, for the next one."""
+        coverage = self.coverage()
+        self._noted.clear()
+        self._phase_start = self._seen
+        if not self.is_running:
+            return coverage
+        for process in self._family():
+            with process:
+                for address in self._healed(process):
+                    process.write(address, _INT3_BYTE)
+        return coverage
+
+    def disarm(self) -> None:
+        """Puts everything back, in the descendants too. The coverage stays readable until the process ends.
+
+        Raises:
+            DynacutError: a process could not be put back; blocks that are left armed heal themselves.
+        """
+        failures: list[DynacutError] = []
+        if not self.is_running:
+            return
+        for process in self._family():
+            with process:
+                try:
+                    stop_trace(process, self._timeout, self.clock)
+                except DynacutError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def extents(self) -> dict[str, tuple[int, int]]:
+        """Load base and end of each traced module, by its path."""
+        return {code.module.path: (code.module.base, code.module.end) for code in self._codes}
+
+    def _numbers(self) -> array[int]:
+        return array("Q", self._counters[: self._counter_bytes])
+
+    def _armable(self) -> Iterator[_Block]:
+        for code in self._codes:
+            blocks, base = code.blocks, code.module.base
+            for mapping in code.module.executable_mappings:
+                memory = self._process.read(mapping.start, mapping.size)
+                start = mapping.start - base
+                for offset, size in zip(blocks.block_starts, blocks.block_sizes, strict=True):
+                    index = offset - start
+                    if 0 <= index < len(memory) and memory[index] != _INT3:
+                        original = bytes(memory[index : index + 1])
+                        if original == code.elf.read(offset, 1):
+                            yield _Block(code, offset, size, original)
+
+    def _healed(self, process: Process) -> Iterator[int]:
+        """The addresses of traced blocks that are not armed at the moment."""
+        for code in self._codes:
+            for mapping in code.module.executable_mappings:
+                memory = process.read(mapping.start, mapping.size)
+                for address, block in self._blocks.items():
+                    index = address - mapping.start
+                    if 0 <= index < len(memory) and memory[index] == block.original[0]:
+                        yield address
+
+    def _family(self) -> Iterator[Process]:
+        """The process and its descendants that have inherited the trace, each opened anew."""
+        for pid in descendants(self._process.pid):
+            try:
+                process = Process(pid)
+                if has_region(process, TRACE_MAGIC):
+                    yield process
+                else:
+                    process.close()
+            except DynacutError:
+                if pid == self._process.pid:
+                    raise
+                continue  # a child that ended, or that became another program
+
+    def _patcher(self, process: Process) -> Patcher:
+        return Patcher(process, self._timeout, self.clock, TRACE_MAGIC)
+
+
+def _shared_memory(process: Process, address: int) -> mmap.mmap:
+    """The target's shared mapping at an address, mapped here too: it stays readable when the target has ended."""
+    mapping = next(part for part in process.mappings if part.start <= address < part.end)
+    link = f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+    try:
+        file = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DynacutError(
+            f"the counters of {process.label} cannot be shared: {error.strerror}", "run as root"
+        ) from None
+    try:
+        return mmap.mmap(file, mapping.size, mmap.MAP_SHARED, mmap.PROT_READ)
+    finally:
+        os.close(file)
+
+
+def armed_blocks(process: Process) -> int:
+    """How many blocks of a trace are armed in a process: of one that goes on, or of one that was killed."""
+    found = _trace_of(process)
+    if found is None or found.table is None:
+        return 0
+    return sum(process.read(site.address, 1) == _INT3_BYTE for site in found.table.sites)
+
+
+def stop_trace(process: Process, timeout: float, clock: StopClock) -> None:
+    """Takes a trace out of a process, its own or one that a killed tracer left behind; nothing if there is none.
+
+    Raises:
+        DynacutError: it could not be taken out.
+    """
+    found = _trace_of(process)
+    if found is None:
+        return
+    Patcher(process, timeout, clock, TRACE_MAGIC).apply(resolve.undo(process, found.table))
+
+
+def _trace_of(process: Process) -> FoundRegion | None:
+    found = find_region(process, TRACE_MAGIC)
+    return found if found is not None and found.table is not None and found.table.sites else None
