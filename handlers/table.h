@@ -65,6 +65,7 @@ struct dynacut_repair {
 	uint32_t kind; /* 1: a thread's blocked mask; 2: the sa_mask of a signal */
 	uint32_t id; /* thread id, or signal number */
 	uint64_t start_time; /* of the thread, proc_pid_stat(5) field 22, so that a reused id is not mistaken */
+	uint64_t mask; /* as it was before */
 };
 
 struct dynacut_table {

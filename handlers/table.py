@@ -38,7 +38,7 @@ HEADER_SIZE = 2 * _PAGE
 _FIXED = struct.Struct("<8sIB3xQ12I")
 _BANK = struct.Struct("<4I")
 _SITE = struct.Struct("<QQ5IB3x")
-_REPAIR = struct.Struct("<IIQ")
+_REPAIR = struct.Struct("<IIQQ")
 _ACTION = struct.Struct("<4Q")
 
 VERSION_OFFSET = 8
@@ -127,6 +127,8 @@ class Repair:
     kind: RepairKind
     id: int
     start_time: int
+    mask: int = 0
+    """As it was before."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ class Table:
         """The writes, in their order, that make the table record just these repairs, the count last."""
         if len(repairs) > REPAIR_CAPACITY:
             raise TableFullError(f"{len(repairs)} repaired signal masks, room for {REPAIR_CAPACITY}")
-        packed = b"".join(_REPAIR.pack(repair.kind, repair.id, repair.start_time) for repair in repairs)
+        packed = b"".join(_REPAIR.pack(repair.kind, repair.id, repair.start_time, repair.mask) for repair in repairs)
         yield Write(self.layout.repairs, packed)
         yield Write(REPAIR_COUNT_OFFSET, struct.pack("<I", len(repairs)))
 
@@ -381,10 +383,10 @@ class Table:
         placed = tuple(_parse_sites(data, layout, generation & 1, site_count, features, heap_used, counter_count))
         repairs = []
         for index in range(repair_count):
-            kind, identity, start_time = _REPAIR.unpack_from(data, layout.repairs + index * _REPAIR.size)
+            kind, identity, start_time, mask = _REPAIR.unpack_from(data, layout.repairs + index * _REPAIR.size)
             if kind not in (RepairKind.THREAD_MASK, RepairKind.SIGNAL_MASK):
                 raise TableError(f"a repair of unknown kind {kind}")
-            repairs.append(Repair(RepairKind(kind), identity, start_time))
+            repairs.append(Repair(RepairKind(kind), identity, start_time, mask))
         observed = KernelAction.unpack(data, OBSERVED_OFFSET)
         previous = KernelAction.unpack(data, PREVIOUS_OFFSET)
         if observed.handler != address - CODE_SIZE + HANDLER_ENTRY:

@@ -85,7 +85,7 @@ def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, s
             f"{label} belongs to another user (uid {status.uids[0]})",
             f"run dynacut as root: sudo dynacut live --pid {pid}",
         )
-    if me != 0 and Path(f"/proc/{pid}").stat().st_uid != me:
+    if me != 0 and Path(f"/proc/{pid}/status").stat().st_uid != me:
         return (
             f"{label} is not dumpable: it changed its privileges, or forbade it by prctl(PR_SET_DUMPABLE)",
             f"run dynacut as root: sudo dynacut live --pid {pid}",

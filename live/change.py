@@ -12,6 +12,7 @@ from dynacut.live.inspect import Inspection, inspect
 from dynacut.live.patcher import Patcher, locked
 from dynacut.live.process import Process
 from dynacut.live.remote import StopClock
+from dynacut.live.trace import stop_trace
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import PatchSet
@@ -39,9 +40,14 @@ def look(pid: int, *, tree: bool) -> Outcome:
     """Looks at a process, or at a tree, and changes nothing."""
     outcome = Outcome()
     for each in descendants(pid) if tree else [pid]:
-        admit(each, changing=False)
-        with Process(each) as process:
-            outcome.processes.append(inspect(process))
+        try:
+            admit(each, changing=False)
+            with Process(each) as process:
+                outcome.processes.append(inspect(process))
+        except DynacutError:
+            if each == pid or _is_alive(each):
+                raise
+            continue  # a child that ended meanwhile, or a zombie
     return outcome
 
 
@@ -61,14 +67,20 @@ def change(pid: int, resolve: Resolve, *, tree: bool, dry_run: bool, timeout: fl
             new = [each for each in (descendants(pid) if tree else [pid]) if each not in opened]
             if not new:
                 break
-            resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout)
+            resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout, dry_run=dry_run)
             for process, patcher, patches in resolved:
                 outcome.edits += len(patches.edits)
                 if not dry_run:
                     _apply(patcher, patches, outcome, process)
         for process in opened.values():
-            process.refresh()
-            outcome.processes.append(inspect(process, thorough=False))
+            try:
+                process.refresh()
+                outcome.processes.append(inspect(process, thorough=False))
+            except DynacutError:
+                if process.pid == pid and outcome.changed:
+                    raise _ended(process) from None
+                if process.pid == pid or _is_alive(process.pid):
+                    raise
     return outcome
 
 
@@ -80,6 +92,8 @@ def _resolve_all(
     stack: ExitStack,
     outcome: Outcome,
     timeout: float,
+    *,
+    dry_run: bool,
 ) -> list[tuple[Process, Patcher, PatchSet]]:
     resolved = []
     for pid in pids:
@@ -91,6 +105,8 @@ def _resolve_all(
             if pid != root and not _is_alive(pid):
                 continue  # a short-lived child
             raise
+        if not dry_run:
+            stop_trace(process, timeout, outcome.clock)  # what a killed tracer left behind
         patcher = Patcher(process, timeout, outcome.clock)
         try:
             patches = resolve(process, patcher.table())
@@ -109,8 +125,10 @@ def _apply(patcher: Patcher, patches: PatchSet, outcome: Outcome, process: Proce
     try:
         patcher.apply(patches)
     except DynacutError as error:
-        if not _is_alive(process.pid) and outcome.changed:
-            return  # a child that ended meanwhile
+        if not _is_alive(process.pid):
+            if outcome.changed:
+                return  # a child that ended meanwhile
+            raise _ended(process) from None
         if outcome.changed and error.status is ExitStatus.REFUSED:
             error.status = ExitStatus.CHECK_FAILED
             error.details = (
@@ -119,6 +137,14 @@ def _apply(patcher: Patcher, patches: PatchSet, outcome: Outcome, process: Proce
             )
         raise
     outcome.changed = outcome.changed or bool(patches.edits) or patches.features != patches.before_features
+
+
+def _ended(process: Process) -> DynacutError:
+    return DynacutError(
+        f"{process.label} ended during the change, perhaps by a hit of it",
+        "look at its log, and at how it ended; start it again without the change",
+        status=ExitStatus.CHECK_FAILED,
+    )
 
 
 def _is_alive(pid: int) -> bool:

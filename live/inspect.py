@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynacut.live.masks import SIGTRAP_BIT, blocking_threads
+from dynacut.live.masks import SIGTRAP_BIT, lasting_blockers
 from dynacut.live.proc import task_status
 from dynacut.live.process import Process
 from dynacut.live.region import find_region
+from dynacut.live.trace import armed_blocks
 from dynacut.shared.code import CodeOf
 from dynacut.shared.report import FeatureReport, Foreign, features_of, foreign_changes
 from dynacut.shared.target import Module
@@ -49,10 +50,15 @@ def _warnings(process: Process, features: tuple[FeatureReport, ...]) -> list[str
         for feature in features
         if 0 < feature.patched < len(feature.sites) and not any(site.on_hit == "learn" for site in feature.sites)
     ]
+    if armed := armed_blocks(process):
+        warnings.append(
+            f"{armed:,} blocks are armed by `dynacut trace`; if that was killed, each is put back by its first hit, "
+            "and all by --undo"
+        )
     in_force = any(feature.patched for feature in features)
     if in_force and not task_status(process.pid).caught & SIGTRAP_BIT:
         warnings.append("the program has taken SIGTRAP's action away: the next hit ends it; use --undo")
-    if in_force and (blocking := blocking_threads(process.pid)):
+    if in_force and (blocking := lasting_blockers(process.pid)):
         count = f"{len(blocking)} thread{'s' if len(blocking) > 1 else ''}"
         warnings.append(f"{count} block SIGTRAP (such as {blocking[0]}): a hit there ends the program; disable again")
     return warnings

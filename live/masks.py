@@ -2,7 +2,8 @@
 
 The kernel ends a process whose thread runs into an int3 while it blocks SIGTRAP (force_sig_info_to_task in
 kernel/signal.c). Three things block it: a thread's mask, the sa_mask of a handler while that runs, and the temporary
-mask of ppoll and its like, which lasts only as long as the thread sleeps and so needs nothing.
+mask of ppoll and its like. That one lasts only as long as the thread sleeps and needs nothing itself, but /proc shows
+it instead of the thread's own; PTRACE_GETSIGMASK gives that.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dynacut.handlers.table import KernelAction, Repair, RepairKind, Table
-from dynacut.live.proc import start_time, task_status, thread_ids
+from dynacut.live.proc import blocked_in, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.region import Region, write_all
 from dynacut.live.remote import Remote, StopClock
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP
 
 SIGTRAP_BIT = 1 << (SIGTRAP - 1)
 _PASSING = 0.03
 """Seconds after which a mask that blocks SIGTRAP is taken to be meant: glibc blocks all signals while it makes a
 thread, and a signal handler's mask goes when it returns."""
+_LOOK_PAUSE = 0.002
+_QUIET_LOOKS = 3
 _STOP_TIMEOUT = 0.5
+# rt_sigtimedwait, rt_sigsuspend, pselect6, ppoll, epoll_pwait, io_pgetevents, epoll_pwait2
+_WITH_TEMPORARY_MASK = frozenset({128, 130, 270, 271, 281, 333, 441})
 
 
 def blocking_threads(pid: int) -> list[int]:
@@ -47,45 +52,83 @@ def blocking_threads(pid: int) -> list[int]:
     return found
 
 
-def unblock_threads(process: Process, region: Region, table: Table, clock: StopClock) -> list[Repair]:
+def unblock_threads(process: Process, region: Region, table: Table, clock: StopClock, deadline: float) -> list[Repair]:
     """Makes every thread accept SIGTRAP; returns all repairs now on record.
 
     Each repair is recorded before it is made: a patcher that is killed in between leaves a record too many, never one
-    too few.
+    too few. Threads are looked at again until nothing more is found: one that was amid pthread_create puts back the
+    mask it had before, and the new thread inherits it.
 
     Raises:
-        DynacutError: a thread cannot be stopped.
+        DynacutError: a thread cannot be stopped, or the threads never come to rest.
     """
     repairs = list(table.repairs)
-    seen = blocking_threads(process.pid)
-    until = time.monotonic() + _PASSING
-    while seen and time.monotonic() < until:
-        time.sleep(0.002)
-        seen = [tid for tid in blocking_threads(process.pid) if tid in seen]
-    for tid in seen:
-        try:
-            repair = Repair(RepairKind.THREAD_MASK, tid, start_time(process.pid, tid))
-            with Tracee(tid) as tracee:
-                tracee.interrupt(_STOP_TIMEOUT)
-                mask = tracee.blocked_signals()
-                if mask & SIGTRAP_BIT:
-                    if repair not in repairs:
-                        repairs.append(repair)
-                        write_all(process, region, table.repair_writes(repairs))
-                    tracee.set_blocked_signals(mask & ~SIGTRAP_BIT)
-            clock.add(tracee.stopped_ns)
-        except (ThreadGoneError, FileNotFoundError, ProcessLookupError):
-            continue
-        except NoStopError:
+    quiet = 0
+    looked_at: set[int] = set()
+    while quiet < _QUIET_LOOKS:
+        made = 0
+        for tid in _suspects(process.pid, looked_at):
+            try:
+                with Tracee(tid) as tracee:
+                    tracee.interrupt(_STOP_TIMEOUT)
+                    mask = tracee.blocked_signals()
+                    if mask & SIGTRAP_BIT:
+                        made += 1
+                        repair = Repair(RepairKind.THREAD_MASK, tid, start_time(process.pid, tid), mask)
+                        if repair not in repairs:
+                            repairs.append(repair)
+                            write_all(process, region, table.repair_writes(repairs))
+                        tracee.set_blocked_signals(mask & ~SIGTRAP_BIT)
+                clock.add(tracee.stopped_ns)
+            except (ThreadGoneError, FileNotFoundError, ProcessLookupError):
+                continue
+            except NoStopError:
+                raise DynacutError(
+                    f"thread {tid} of {process.label} blocks SIGTRAP and could not be stopped to change that",
+                    "nothing was disabled; use `dynacut offline` on a checkpoint of it",
+                ) from None
+        if not made and not repairs[len(table.repairs) :]:
+            break
+        quiet = 0 if made else quiet + 1
+        if time.monotonic() > deadline:
             raise DynacutError(
-                f"thread {tid} of {process.label} blocks SIGTRAP and could not be stopped to change that",
-                "nothing was disabled; use `dynacut offline` on a checkpoint of it",
-            ) from None
+                f"threads of {process.label} keep blocking SIGTRAP", "nothing was disabled; try again later"
+            )
+        time.sleep(_LOOK_PAUSE)
     return repairs
 
 
+def _suspects(pid: int, looked_at: set[int]) -> list[int]:
+    """Threads that may block SIGTRAP for long: seen to for a while; or asleep with a temporary mask, which hides it.
+
+    looked_at: threads of the second kind that were told of already; each is told of once.
+    """
+    seen = lasting_blockers(pid)
+    for tid in thread_ids(pid):
+        waits = blocked_in(pid, tid)
+        if waits is not None and waits.number in _WITH_TEMPORARY_MASK and tid not in looked_at:
+            looked_at.add(tid)
+            seen.append(tid)
+    return seen
+
+
+def lasting_blockers(pid: int) -> list[int]:
+    """The threads that block SIGTRAP, not only for the moment."""
+    seen = blocking_threads(pid)
+    until = time.monotonic() + _PASSING
+    while seen and time.monotonic() < until:
+        time.sleep(_LOOK_PAUSE)
+        now = blocking_threads(pid)
+        seen = [tid for tid in seen if tid in now]
+    return seen
+
+
 def block_threads_again(process: Process, repairs: Sequence[Repair], clock: StopClock) -> None:
-    """Puts the masks of threads back as they were. Threads that ended meanwhile are passed over."""
+    """Puts the masks of threads back as they were.
+
+    Threads that ended meanwhile are passed over, and so are those that have another mask by now: theirs was a signal
+    handler's, or pthread_create's.
+    """
     for repair in repairs:
         if repair.kind is not RepairKind.THREAD_MASK:
             continue
@@ -94,7 +137,8 @@ def block_threads_again(process: Process, repairs: Sequence[Repair], clock: Stop
                 continue
             with Tracee(repair.id) as tracee:
                 tracee.interrupt(_STOP_TIMEOUT)
-                tracee.set_blocked_signals(tracee.blocked_signals() | SIGTRAP_BIT)
+                if tracee.blocked_signals() | SIGTRAP_BIT == repair.mask:
+                    tracee.set_blocked_signals(repair.mask)
             clock.add(tracee.stopped_ns)
         except (ThreadGoneError, FileNotFoundError, ProcessLookupError):
             continue
@@ -102,6 +146,7 @@ def block_threads_again(process: Process, repairs: Sequence[Repair], clock: Stop
             raise DynacutError(
                 f"thread {repair.id} of {process.label} could not be stopped to put its signal mask back",
                 "run --undo again",
+                status=ExitStatus.CHECK_FAILED,
             ) from None
 
 
@@ -121,8 +166,8 @@ def unmask_handlers(
     """
     repairs = list(table.repairs)
     while masked := {number: action for number, action in actions.items() if action.mask & SIGTRAP_BIT}:
-        for number in masked:
-            repair = Repair(RepairKind.SIGNAL_MASK, number, 0)
+        for number, action in masked.items():
+            repair = Repair(RepairKind.SIGNAL_MASK, number, 0, action.mask)
             if repair not in repairs:
                 repairs.append(repair)
         write_all(process, region, table.repair_writes(repairs))

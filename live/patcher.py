@@ -43,12 +43,13 @@ from dynacut.live.region import (
 )
 from dynacut.live.remote import Remote, StopClock
 from dynacut.live.tracee import each_stopped, prompt_stops
-from dynacut.live.window import write_in_window
+from dynacut.live.window import NO_FRAMES, SignalFrames, write_in_window
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.target import SIGTRAP
 
-_STOP_TIMEOUT = 0.5
+_INT3 = 0xCC
+_QUIESCE_PAUSE = 0.001
 
 
 @dataclass
@@ -103,10 +104,10 @@ class Patcher:
     def _switch_off(self, patches: PatchSet) -> None:
         region, table, outgrown = self._prepare(patches)
         try:
-            self._install(region, table)
+            restorers = self._install(region, table)
             if outgrown is not None:
                 retire(self.process, outgrown)
-            self._write(patches.edits)
+            self._write(patches.edits, SignalFrames(restorers, region.restorer))
         except DynacutError as error:
             self._retreat(patches, error)
             raise
@@ -146,25 +147,33 @@ class Patcher:
         write_all(process, region, table.carried_hits(old))
         return region, table, found.region
 
-    def _install(self, region: Region, table: Table) -> None:
-        """Makes the handler SIGTRAP's action, and SIGTRAP deliverable everywhere."""
+    def _install(self, region: Region, table: Table) -> frozenset[int]:
+        """Makes the handler SIGTRAP's action, and SIGTRAP deliverable everywhere.
+
+        Returns the trampolines by which the program's own signal handlers return.
+        """
         process, remote = self.process, self._remote
         # What the kernel wrote at an earlier installation is overwritten by this one: keep it first.
         write_all(process, region, [Write(PREVIOUS_OFFSET, table.previous.pack())])
-        wanted: dict[int, KernelAction | None] = {SIGTRAP: region.action}
+        ours = region.action(table.previous)
+        wanted: dict[int, KernelAction | None] = {SIGTRAP: ours}
         actions = remote.sigactions(region, wanted | dict.fromkeys(masks.caught_signals(process.pid)))
         replaced = actions.pop(SIGTRAP)
         if replaced.handler != region.handler:
             if not is_our_handler(process, replaced.handler, self.magic):
                 write_all(process, region, [Write(PREVIOUS_OFFSET, replaced.pack())])
-            write_all(process, region, [Write(OBSERVED_OFFSET, region.action.pack())])
+                if region.action(replaced) != ours:
+                    ours = region.action(replaced)
+                    remote.sigactions(region, {SIGTRAP: ours})
+            write_all(process, region, [Write(OBSERVED_OFFSET, ours.pack())])
         repairs = masks.unmask_handlers(process, region, table, remote, actions)
-        masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock)
+        masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock, self._deadline)
         if not task_status(process.pid).caught & masks.SIGTRAP_BIT:
             raise DynacutError(
                 f"{process.label} does not catch SIGTRAP although the handler was installed",
                 "it may set signal actions itself at this moment; try again",
             )
+        return frozenset(action.restorer for action in actions.values() if action.handler > 1)
 
     def _undo(self, patches: PatchSet) -> None:
         self._write(patches.edits)
@@ -222,11 +231,14 @@ class Patcher:
                 return
             waiting = {tid for tid in unseen if self._waits_outside(tid, region)}
             clean |= waiting
-            for tracee in each_stopped([tid for tid in unseen if tid not in waiting], _STOP_TIMEOUT):
+            left = max(0.0, self._deadline - time.monotonic())
+            for tracee in each_stopped([tid for tid in unseen if tid not in waiting], left):
                 in_handler = region.contains_code(tracee.registers["rip"])
                 if not in_handler and not tracee.pending_signals() & masks.SIGTRAP_BIT:
                     clean.add(tracee.tid)
                 self.clock.add(tracee.stopped_ns)
+            if any(tid not in clean for tid in unseen):
+                time.sleep(_QUIESCE_PAUSE)  # or a thread in the handler would be stopped again before it gets on
             if time.monotonic() > self._deadline:
                 raise DynacutError(
                     f"a thread of {self.process.label} stays in the handler",
@@ -248,20 +260,17 @@ class Patcher:
             waits is not None and not region.contains_code(waits.rip) and not status.thread_pending & masks.SIGTRAP_BIT
         )
 
-    def _write(self, edits: Sequence[ByteEdit]) -> None:
-        """Writes edits: first bytes of int3 sites while the process runs, all the rest with its threads stopped."""
+    def _write(self, edits: Sequence[ByteEdit], frames: SignalFrames = NO_FRAMES) -> None:
+        """Writes edits: int3 bytes, there or back, while the process runs; the rest with its threads stopped."""
+        single = [edit for edit in edits if len(edit.new) == 1 and _INT3 in (edit.new[0], edit.old[0])]
+        longer = [edit for edit in edits if not (len(edit.new) == 1 and _INT3 in (edit.new[0], edit.old[0]))]
         done: list[ByteEdit] = []
-        long = []
         try:
-            for edit in edits:
-                head, rest = _split(edit)
-                if head is not None:
-                    self.process.write(head.address, head.new)
-                    done.append(head)
-                if rest is not None:
-                    long.append(rest)
-            if long:
-                write_in_window(self.process, long, self.clock, self._deadline)
+            if longer:
+                write_in_window(self.process, longer, self.clock, self._deadline, frames)
+            for edit in single:
+                self.process.write(edit.address, edit.new)
+                done.append(edit)
         except DynacutError:
             for edit in done:
                 self.process.write(edit.address, edit.old)
@@ -282,20 +291,6 @@ class Patcher:
                 "another tool may be patching it as well; `dynacut live --pid` shows what is in force",
                 status=ExitStatus.CHECK_FAILED,
             )
-
-
-def _split(edit: ByteEdit) -> tuple[ByteEdit | None, ByteEdit | None]:
-    """What of an edit may be written while threads run, and what needs them stopped.
-
-    A block's first byte becomes int3 first, so that nobody new enters; a plain edit of one byte is not an int3 and
-    needs the window, since a thread might see it amid an instruction's bytes.
-    """
-    if len(edit.new) == 1 and 0xCC in (edit.new[0], edit.old[0]):
-        return edit, None
-    if edit.new[0] == 0xCC and edit.old[0] != 0xCC:
-        head = ByteEdit(edit.address, edit.old[:1], edit.new[:1])
-        return head, replace(edit, old=edit.new[:1] + edit.old[1:])
-    return None, edit
 
 
 @contextmanager

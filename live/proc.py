@@ -112,6 +112,7 @@ class BlockedIn:
     """A system call that a thread waits in: its number, and the address behind its syscall instruction."""
 
     number: int
+    arguments: tuple[int, ...]
     rip: int
 
 
@@ -123,7 +124,8 @@ def blocked_in(pid: int, tid: int) -> BlockedIn | None:
         return None
     if len(fields) != 9 or not fields[0].isdigit():
         return None
-    return BlockedIn(int(fields[0]), int(fields[8], 16))
+    numbers = [int(field, 16) for field in fields[1:]]
+    return BlockedIn(int(fields[0]), tuple(numbers[:6]), numbers[7])
 
 
 def command_line(pid: int) -> tuple[str, ...]:

@@ -33,8 +33,9 @@ from dynacut.shared.target import Mapping
 _SA_SIGINFO = 0x4
 _SA_RESTORER = 0x04000000
 _SA_ONSTACK = 0x08000000
+_SA_RESTART = 0x10000000
 _SA_NODEFER = 0x40000000
-_RECYCLING_AGE_NS = 1_000_000_000
+_RECYCLING_AGE_NS = 100_000_000
 _STAMP = struct.Struct("<Q")
 MAX_STUB_SIZE = SLOT_SIZE - _STAMP.size
 
@@ -53,19 +54,26 @@ class Region:
         return self.code + CODE_SIZE
 
     @property
+    def restorer(self) -> int:
+        """The trampoline by which the handler returns."""
+        return self.code + HANDLER_RESTORER
+
+    @property
     def handler(self) -> int:
         """The handler's entry."""
         return self.code + HANDLER_ENTRY
 
-    @property
-    def action(self) -> KernelAction:
-        """The SIGTRAP action that makes the handler run.
+    def action(self, previous: KernelAction) -> KernelAction:
+        """The SIGTRAP action that makes the handler run. previous: the target's own, for when one comes from outside.
 
         SA_NODEFER: an int3 may lie in the way of a signal handler that interrupts ours, or of a user's handler.
         SA_ONSTACK: a thread with a tiny stack and an alternate one has room for the frame there only.
+        SA_RESTART as in the target's own; where that is to ignore SIGTRAP, nothing must be interrupted either.
         """
         flags = _SA_SIGINFO | _SA_RESTORER | _SA_ONSTACK | _SA_NODEFER
-        return KernelAction(self.handler, flags, self.code + HANDLER_RESTORER, 0)
+        if previous.handler <= 1 or previous.flags & _SA_RESTART:
+            flags |= _SA_RESTART
+        return KernelAction(self.handler, flags, self.restorer, 0)
 
     def contains_code(self, address: int) -> bool:
         """Whether an address lies in the handler or in a stub."""
@@ -221,7 +229,7 @@ def take_slot(process: Process, region: Region) -> Slot:
             index for index in by_age[: SLOT_COUNT // 2] if done[index] and now - stamps[index] > _RECYCLING_AGE_NS
         ]
         if not reusable:
-            raise DynacutError(f"{process.label} was changed too often in the last second", "try again in a second")
+            raise DynacutError(f"{process.label} was changed too often in the last instants", "try again in a second")
         for index in reusable:
             process.write(stamps_start + index * SLOT_SIZE, bytes(SLOT_SIZE))
         free = reusable[0]

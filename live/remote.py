@@ -20,7 +20,7 @@ from dynacut.handlers.table import (
     KernelAction,
     Layout,
 )
-from dynacut.live.proc import blocked_in, task_status, thread_ids
+from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.region import MAX_STUB_SIZE, Region, choose_address, take_slot
 from dynacut.live.slack import find_slack
@@ -38,6 +38,7 @@ _ACTION_SIZE = 32
 _ACTIONS_PER_SHOT = 16
 _STOP_TIMEOUT = 0.5
 _RSEQ_CS_OFFSET = 8
+_MSG_WAITALL = 0x100
 
 # System calls that servers wait in, and that go on unnoticed after a stop: read, poll, select, nanosleep, pause,
 # accept, recvfrom, recvmsg, wait4, futex, clock_nanosleep, epoll_wait, waitid, pselect6, ppoll, epoll_pwait, accept4,
@@ -214,14 +215,21 @@ def _candidates(pid: int) -> Iterator[int]:
     others = []
     for tid in tids:
         waits = blocked_in(pid, tid)
-        if waits is not None and waits.number in _WAITING:
-            yield tid
-        else:
+        if waits is None:
             others.append(tid)
+        elif waits.number in _WAITING and not _waits_for_all(waits):
+            yield tid
+        # Any other system call is left alone: a write that is interrupted amid its bytes returns short.
     for tid in others:
         try:
             state = task_status(pid, tid).state
         except OSError:
             continue
-        if state in "RS":
+        if state == "R":
             yield tid
+
+
+def _waits_for_all(waits: BlockedIn) -> bool:
+    """Whether a thread waits in recvfrom or recvmsg for all of its bytes, and would return short."""
+    flags = {45: 3, 47: 2}.get(waits.number)
+    return flags is not None and bool(waits.arguments[flags] & _MSG_WAITALL)

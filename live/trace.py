@@ -77,6 +77,8 @@ class Trace:
         Raises:
             DynacutError: the process cannot be patched; it is as it was.
         """
+        self.disarm()  # what a killed tracer left behind: its blocks are in no file
+        self._process.refresh()
         self._blocks = {block.code.module.base + block.offset: block for block in self._armable()}
         if not self._blocks:
             raise DynacutError("there is no block to trace", "choose other modules by --module")

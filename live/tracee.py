@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ PTRACE_PEEKSIGINFO_SHARED = 1
 PTRACE_EVENT_STOP = 128
 
 _WALL = 0x40000000
+_PF_EXITING = 0x4  # include/linux/sched.h
 _SIGINFO_SIZE = 128
 _PEEKED = 32
 
@@ -69,6 +71,11 @@ class _RseqConfiguration(ctypes.Structure):
 _PEEK_OWN = _PeekArguments(0, 0, _PEEKED)
 _PEEK_SHARED = _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED)
 _SIGINFOS = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
+
+
+_LATE_TIMEOUT = 0.2
+_late: list[Tracee] = []
+"""Threads that were asked to stop and have not yet: ptrace keeps them for the whole process, and so must we."""
 
 
 class ThreadGoneError(Exception):
@@ -111,7 +118,7 @@ class Tracee:
         try:
             ptrace(PTRACE_SEIZE, tid)
         except PtraceError as error:
-            if error.errno == errno.ESRCH:
+            if error.errno == errno.ESRCH or _is_ending(tid):
                 raise ThreadGoneError from None
             raise DynacutError(
                 f"thread {tid} may not be traced: {os.strerror(error.errno)}",
@@ -127,14 +134,18 @@ class Tracee:
         if not self._seized:
             return
         if not self.stopped:
-            # Only a stopped thread can be detached. One that would not stop stays seized until this process ends.
-            if isinstance(error, ThreadGoneError | NoStopError):
+            if isinstance(error, ThreadGoneError):
                 return
             try:
-                self.interrupt(timeout=0.2)
-            except (ThreadGoneError, NoStopError):
+                self.interrupt(timeout=0 if isinstance(error, NoStopError) else _LATE_TIMEOUT)
+            except NoStopError:
+                # Only a stopped thread can be detached. This one will stop when it can, and must not stay so.
+                if self._seized:
+                    _late.append(self)
                 return
-        if kind is None:
+            except ThreadGoneError:
+                return
+        with suppress(ThreadGoneError):
             self.conceal()
         self.detach()
 
@@ -208,8 +219,8 @@ class Tracee:
         self._call(PTRACE_SETSIGMASK, 8, ctypes.addressof(self._mask))
 
     def pending_signals(self) -> int:
-        """The set of signals that wait for the thread or its process (bit N-1 for signal N)."""
-        pending = 0
+        """The signals that wait for the thread or its process (bit N-1 for N), the one on its way included."""
+        pending = 1 << (self._signal - 1) if self._signal else 0
         for arguments in (_PEEK_OWN, _PEEK_SHARED):
             count = self._call(PTRACE_PEEKSIGINFO, ctypes.addressof(arguments), ctypes.addressof(_SIGINFOS))
             for start in range(0, count * _SIGINFO_SIZE, _SIGINFO_SIZE):
@@ -289,6 +300,34 @@ def wait_for_stops(seconds: float) -> None:
     signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(seconds, 0.002)))
 
 
+def release_late(timeout: float) -> None:
+    """Lets those threads go that stopped too late for whoever had asked them to, as far as they do within seconds."""
+    deadline = time.monotonic() + timeout
+    while _late:
+        for tracee in list(_late):
+            try:
+                if tracee.poll():
+                    tracee.conceal()
+                    tracee.detach()
+                    _late.remove(tracee)
+            except (ThreadGoneError, NoStopError):
+                _late.remove(tracee)
+        if _late:
+            if time.monotonic() > deadline:
+                return
+            wait_for_stops(deadline - time.monotonic())
+
+
+def _is_ending(tid: int) -> bool:
+    """Whether a thread is on its way out; SEIZE says EPERM then (ptrace_attach in kernel/ptrace.c)."""
+    try:
+        fields = Path(f"/proc/{tid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return True
+    flags = int(fields[6])
+    return fields[0] in (b"Z", b"X") or bool(flags & _PF_EXITING)
+
+
 def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
     """Stops threads and yields each as it stops, then lets it go; so none waits for another.
 
@@ -317,6 +356,7 @@ def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
         if len(remaining) == len(waiting):
             wait_for_stops(deadline - time.monotonic())
         waiting = remaining
+    _late.extend(waiting)
 
 
 @contextmanager
@@ -331,8 +371,10 @@ def prompt_stops() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()
     try:
+        release_late(_LATE_TIMEOUT)
         yield
     finally:
+        release_late(5 * _LATE_TIMEOUT)
         if collecting:
             gc.enable()
         with suppress(PermissionError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 
 from dynacut.live.process import gone
@@ -18,7 +20,7 @@ def descendants(pid: int) -> list[int]:
         children = root.children(recursive=True)
     except psutil.NoSuchProcess:
         raise gone(pid) from None
-    return [pid, *(child.pid for child in children)]
+    return [pid, *(child.pid for child in children if child.pid != os.getpid())]
 
 
 def by_name(name: str) -> int:
@@ -31,6 +33,8 @@ def by_name(name: str) -> int:
     """
     matches: dict[int, tuple[int, str]] = {}
     for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
         try:
             with process.oneshot():
                 line = process.cmdline()

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from dynacut.live.masks import SIGTRAP_BIT
-from dynacut.live.proc import thread_ids
+from dynacut.live.proc import blocked_in, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.remote import StopClock
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
@@ -21,36 +21,80 @@ from dynacut.shared.target import PAGE_SIZE
 _INT3 = 0xCC
 _STOP_TIMEOUT = 0.5
 _PAUSE = 0.002
+_OPEN_ATTEMPTS = 25
+# struct rt_sigframe (arch/x86/include/asm/sigframe.h): the trampoline's address, then the ucontext, whose registers
+# begin at byte 40; rsp is the 16th of them, rip the 17th.
+_FRAME_RSP = 8 + 40 + 15 * 8
+_FRAME_RIP = _FRAME_RSP + 8
 
 
-def write_in_window(process: Process, edits: Sequence[ByteEdit], clock: StopClock, deadline: float) -> None:
+@dataclass(frozen=True)
+class SignalFrames:
+    """How signal frames are recognised on a stack: by the trampoline that their handler returns by."""
+
+    restorers: frozenset[int]
+    """Of the program's own handlers."""
+    own: int
+    """Of dynacut's handler. A thread in there has hit an int3; it goes on elsewhere than its frame says."""
+
+
+NO_FRAMES = SignalFrames(frozenset(), 0)
+
+
+def write_in_window(
+    process: Process, edits: Sequence[ByteEdit], clock: StopClock, deadline: float, frames: SignalFrames
+) -> None:
     """Writes edits while every thread is stopped and none is, or will return, amid one of them.
 
+    Where threads that run keep coming back amid the edits, their first bytes become int3 beforehand, so that nobody new
+    enters; where a thread waits there in a system call, that would not help, and nothing is written.
+
     Raises:
-        DynacutError: until the deadline (of time.monotonic()) there was always one; nothing was written.
+        DynacutError: until the deadline (of time.monotonic()) there was always one; nothing is left written.
     """
-    inner = _Inner(edits)
+    inner = _Inner(edits, frames)
     runs = list(_runs(sorted(edits, key=lambda edit: edit.address)))
-    while True:
-        # Everything that can be known before is found out before: while the threads are stopped, only what may differ
-        # then is looked at, and each run of neighbouring edits is one write.
-        process.refresh()
-        prepared = [_Prepared.of(process, run) for run in runs]
-        started = time.perf_counter_ns()
-        with all_stopped(process) as tracees:
-            busy = inner.find_thread(process, tracees)
+    heads = [(edit.address, edit.old[:1]) for edit in edits if edit.new[0] == _INT3 and edit.old[0] != _INT3]
+    attempts = 0
+    closed = False
+    try:
+        while True:
+            busy = _attempt(process, inner, runs, clock)
             if busy is None:
-                for part in prepared:
-                    part.write(process)
-        clock.add(time.perf_counter_ns() - started)
+                closed = False
+                return
+            attempts += 1
+            waits = blocked_in(process.pid, busy.tid) is not None
+            if (closed and waits) or time.monotonic() > deadline:
+                raise DynacutError(
+                    f"{process.label}: {busy.what}",
+                    "try again with a longer --timeout, or use --scope entry, which needs only the first byte",
+                )
+            if not closed and not waits and attempts >= _OPEN_ATTEMPTS:
+                closed = True
+                for address, _ in heads:
+                    process.write(address, bytes([_INT3]))
+            time.sleep(_PAUSE)
+    finally:
+        if closed:
+            for address, old in heads:
+                process.write(address, old)
+
+
+def _attempt(process: Process, inner: _Inner, runs: Sequence[Sequence[ByteEdit]], clock: StopClock) -> _Busy | None:
+    """One window; says who is in the way, or has written."""
+    # Everything that can be known before is found out before: while the threads are stopped, only what may differ then
+    # is looked at, and each run of neighbouring edits is one write.
+    process.refresh()
+    prepared = [_Prepared.of(process, run) for run in runs]
+    started = time.perf_counter_ns()
+    with all_stopped(process) as tracees:
+        busy = inner.find_thread(process, tracees)
         if busy is None:
-            return
-        if time.monotonic() > deadline:
-            raise DynacutError(
-                f"{process.label}: {busy}",
-                "try again with a longer --timeout, or use --scope entry, which needs only the first byte",
-            )
-        time.sleep(_PAUSE)
+            for part in prepared:
+                part.write(process)
+    clock.add(time.perf_counter_ns() - started)
+    return busy
 
 
 @contextmanager
@@ -95,7 +139,8 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
 class _Inner:
     """The places that no thread may be at, or return to: behind the first byte of each edit."""
 
-    def __init__(self, edits: Sequence[ByteEdit]) -> None:
+    def __init__(self, edits: Sequence[ByteEdit], frames: SignalFrames) -> None:
+        self._frames = frames
         # Where int3 bytes go away nobody is inside: who has hit one is in the handler, and goes on at the old bytes.
         ranges = sorted(
             (edit.address + 1, edit.end)
@@ -107,20 +152,20 @@ class _Inner:
         # Memory is searched for the upper five bytes of the addresses at the speed of memchr; few patterns suffice.
         self._patterns = {struct.pack("<Q", address >> 24)[:5] for start, end in ranges for address in (start, end - 1)}
 
-    def find_thread(self, process: Process, tracees: dict[int, Tracee]) -> str | None:
+    def find_thread(self, process: Process, tracees: dict[int, Tracee]) -> _Busy | None:
         """Says which thread is amid an edit, or has an address on its stack that is; None if none has."""
         if not self._starts:
             return None
         for tid, tracee in tracees.items():
-            rip, stack_pointer = tracee.registers["rip"], tracee.registers["rsp"]
+            rip = tracee.registers["rip"]
             index = self._index(rip)
             # Right behind the first byte and with a SIGTRAP pending it has hit the int3 there, and is on its way out.
             trapped = index is not None and rip == self._starts[index] and tracee.pending_signals() & SIGTRAP_BIT
             if index is not None and not trapped:
-                return f"thread {tid} is at {rip:#x}, amid the bytes to change"
-            address = self._on_stack(process, stack_pointer)
+                return _Busy(tid, f"thread {tid} is at {rip:#x}, amid the bytes to change")
+            address = self._on_stacks(process, tracee.registers["rsp"])
             if address is not None:
-                return f"thread {tid} may return to {address:#x}, amid the bytes to change"
+                return _Busy(tid, f"thread {tid} may return to {address:#x}, amid the bytes to change")
         return None
 
     def _index(self, address: int) -> int | None:
@@ -128,25 +173,57 @@ class _Inner:
         index = bisect_right(self._starts, address) - 1
         return index if index >= 0 and address < self._ends[index] else None
 
-    def _on_stack(self, process: Process, stack_pointer: int) -> int | None:
-        """An aligned word of the stack that points amid an edit: a return address, or what looks like one.
+    def _on_stacks(self, process: Process, stack_pointer: int) -> int | None:
+        """An aligned word of the thread's stacks that points amid an edit: a return address, or what looks like one.
 
-        The stack pointer itself if it points to no mapping known of: then there is no telling.
+        Stacks: the present one, and those that a signal handler on an alternate stack has interrupted. The stack
+        pointer itself if it points to no mapping known of: then there is no telling.
         """
-        mapping = next((part for part in process.mappings if part.start <= stack_pointer < part.end), None)
-        if mapping is None:
-            return stack_pointer
-        first = stack_pointer & ~7
-        stack = process.read(first, mapping.end - first)
-        for pattern in self._patterns:
-            position = stack.find(pattern)
-            while position >= 0:
-                if position % 8 == 3:
-                    (word,) = struct.unpack_from("<Q", stack, position - 3)
-                    if self._index(word) is not None:
+        scanned: set[int] = set()
+        pending = [stack_pointer]
+        while pending:
+            pointer = pending.pop()
+            mapping = next((part for part in process.mappings if part.start <= pointer < part.end), None)
+            if mapping is None:
+                if not scanned:
+                    return pointer
+                continue
+            if mapping.start in scanned:
+                continue
+            scanned.add(mapping.start)
+            first = pointer & ~7
+            stack = process.read(first, mapping.end - first)
+            passing: set[int] = set()
+            for restorer in (*self._frames.restorers, self._frames.own):
+                for position in _aligned(stack, struct.pack("<Q", restorer), 0):
+                    if position + _FRAME_RIP + 8 > len(stack):
+                        continue
+                    pending.append(struct.unpack_from("<Q", stack, position + _FRAME_RSP)[0])
+                    if restorer == self._frames.own:
+                        passing.add(position + _FRAME_RIP)
+            for pattern in self._patterns:
+                for position in _aligned(stack, pattern, 3):
+                    (word,) = struct.unpack_from("<Q", stack, position)
+                    if self._index(word) is not None and position not in passing:
                         return int(word)
-                position = stack.find(pattern, position + 1)
         return None
+
+
+@dataclass(frozen=True)
+class _Busy:
+    """A thread that is in the way."""
+
+    tid: int
+    what: str
+
+
+def _aligned(stack: bytes, pattern: bytes, shift: int) -> Iterator[int]:
+    """The positions of aligned words of which a pattern is the part from byte `shift` on."""
+    position = stack.find(pattern)
+    while position >= 0:
+        if position % 8 == shift:
+            yield position - shift
+        position = stack.find(pattern, position + 1)
 
 
 @dataclass(frozen=True)

@@ -8,81 +8,20 @@ redis, nginx and lighttpd, the first one that does is among the first few.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from math import sqrt
+from collections.abc import Collection, Iterator
+from math import log2, sqrt
 
-from dynacut.handlers.table import Action
+from dynacut.shared.candidate import Candidate, CandidateKind, forced
 from dynacut.shared.code import Code
-from dynacut.shared.elf import ElfFile
 from dynacut.shared.flow import Flow, Kind
-from dynacut.shared.on_hit import OnHit
-from dynacut.shared.plan import EDITS, PlannedEdit, PlannedFeature, PlannedSite, Scope
+from dynacut.shared.live_registers import clobbers
 from dynacut.shared.siblings import Siblings
+
+__all__ = ["MAX_CANDIDATES", "Candidate", "CandidateKind", "find_candidates"]
 
 MAX_CANDIDATES = 200
 MAX_SIBLINGS = 12
 """So many functions are tried in place of one."""
-_OLD_BYTES = 8
-"""So many bytes of a site go into the plan, to recognise it by."""
-
-
-class CandidateKind(StrEnum):
-    """How the feature is reached."""
-
-    JUMP = "jump"
-    CASE = "case"
-    FUNCTION = "function"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to switch a feature off: a hit of entry goes on at destination. Offsets are module offsets.
-
-    size: the bytes of the block that starts at entry. reason: one sentence for people. parts: what the score is
-    made of. jump: for a conditional jump, the offset and bytes of the instruction and of what forces it.
-    """
-
-    kind: CandidateKind
-    entry: int
-    destination: int
-    size: int
-    reason: str
-    parts: Mapping[str, float]
-    jump: tuple[int, bytes, bytes] | None = None
-
-    @property
-    def score(self) -> float:
-        """How likely it is the right one; comparable between modules of one program if found with the same total."""
-        return sum(self.parts.values())
-
-    def as_feature(self, name: str, module_name: str, elf: ElfFile) -> PlannedFeature:
-        """Return the feature for a plan: an int3 at entry, redirected to destination."""
-        old = elf.read(self.entry, min(self.size, _OLD_BYTES))
-        site = PlannedSite(f"{module_name}+{self.entry:#x}", self.size, old)
-        on_hit = OnHit(Action.REDIRECT, destination=f"{module_name}+{self.destination:#x}")
-        return PlannedFeature(name, on_hit, Scope.ENTRY, (site,))
-
-    def as_edit(self, module_name: str, feature: str = EDITS) -> PlannedEdit | None:
-        """Return the edit that forces the jump: no cost at run time, but no hits are counted. None for other kinds."""
-        if self.jump is None:
-            return None
-        offset, old, new = self.jump
-        return PlannedEdit(f"{module_name}+{offset:#x}", old, new, feature)
-
-
-def forced(jump: bytes, *, taken: bool) -> bytes | None:
-    """Return the bytes that make a conditional jump always (taken) or never jump; None for loop, jrcxz and prefixes.
-
-    Encodings: Intel SDM volume 2, Jcc and JMP. ``0f 8x rel32`` becomes ``nop; jmp rel32``: both end at the same place,
-    so the distance stays. Not taken: the recommended NOPs of 2 and 6 bytes, one instruction each.
-    """
-    if len(jump) == 2 and jump[0] & 0xF0 == 0x70:
-        return b"\xeb" + jump[1:] if taken else b"\x66\x90"
-    if len(jump) == 6 and jump[0] == 0x0F and jump[1] & 0xF0 == 0x80:
-        return b"\x90\xe9" + jump[2:] if taken else b"\x66\x0f\x1f\x44\x00\x00"
-    return None
 
 
 def find_candidates(
@@ -131,7 +70,11 @@ class _Finder:
         only = [offset for offset in self.unwanted if offset not in self.wanted]
         self.order = {offset: at for at, offset in enumerate(dict.fromkeys(only))}
         """D, with each block's place in the order of first hits."""
+        self.executed_blocks = frozenset(self.unwanted)
+        self.first = next(filter(self.is_called_by_pointer, self.order), None)
+        """The first function in D that is reached through a pointer: on redis it is the handler of the command."""
         self.total = max(total or 0, len(self.order), 1)
+        self.reaches: dict[int, int] = {}
         self.siblings = Siblings(flow, self.wanted, self.error)
 
     def all(self) -> Iterator[Candidate]:
@@ -147,8 +90,22 @@ class _Finder:
             elif branch.kind is Kind.INDIRECT_JUMP and block not in self.order:
                 yield from self.cases(block)
         for entry in self.order:
-            if entry in self.flow.indirect_only:
+            if self.is_called_by_pointer(entry):
                 yield from self.function(entry)
+
+    def is_called_by_pointer(self, entry: int) -> bool:
+        """Whether a function's address is in data or taken by code, and no direct call of it was executed.
+
+        redis's evalCommand is also called by another command's function: that does not matter where EVAL is unwanted.
+        """
+        if not self.flow.is_entry(entry):
+            return False
+        if entry in self.flow.indirect_only:
+            return True
+        calls = map(self.flow.blocks.block_at, self.flow.callers(entry))
+        return entry in self.flow.pointers.places_of and not any(
+            block is not None and block.start in self.executed_blocks for block in calls
+        )
 
     def reach(self, start: int) -> int:
         """Return how many blocks of D control may get to from one of them, without leaving D.
@@ -156,6 +113,8 @@ class _Finder:
         A flag on a shared path leads to a block or two and is back; the feature itself leads to most of D. A
         function in D whose address a block takes counts: it may be a callback.
         """
+        if start in self.reaches:
+            return self.reaches[start]
         seen = {start}
         waiting = [start]
         while waiting:
@@ -170,6 +129,7 @@ class _Finder:
             fresh = [offset for offset in onward if offset in self.order and offset not in seen]
             seen.update(fresh)
             waiting += fresh
+        self.reaches[start] = len(seen)
         return len(seen)
 
     def parts(self, entry: int, alternative: float) -> dict[str, float]:
@@ -180,6 +140,11 @@ class _Finder:
             "refused": 1.0 if self.has_error and entry not in self.error else 0.0,
             "alternative": alternative,
         }
+
+    def popularity(self, block: int) -> float:
+        """Return what it costs that a block's function has many callers: a hash table's is no feature's entry."""
+        function = self.flow.function_at(block)
+        return max(-1.0, -0.25 * log2(1 + len(self.flow.callers(function.start)))) if function is not None else 0.0
 
     def executed(self, offset: int) -> float:
         """Return what it is worth that other requests go to a destination: it is known to be harmless to them."""
@@ -224,6 +189,7 @@ class _Finder:
             parts = self.parts(entry, self.executed(other))
             # Inside D it is a way out of the feature when it has begun: its own error path, or its end.
             parts["shared"] = 0.5 if block not in self.order else -1.0 if other not in self.error else 0.0
+            parts["callers"] = self.popularity(block)
             # Other ways to entry may have other values in the registers than those that destination is used to.
             parts["sole way"] = 0.3 if self.flow.predecessors(entry) == (block,) else 0.0
             old = self.code.elf.read(branch.offset, branch.size)
@@ -256,6 +222,9 @@ class _Finder:
                 parts = self.parts(entry, max(self.executed(other), 0.7 if is_default else 0.0))
                 parts["shared"] = 0.5
                 # Another case does another feature's work (DELETE as MKCOL), which may look like a refusal in a trial.
+                parts["callers"] = self.popularity(block)
+                clobbered = 0 if other in table.targets else clobbers(self.flow, block, other)
+                parts["registers"] = (0.0, -0.2, -1.5)[clobbered]
                 parts["default"] = 0.5 if is_default else 0.0 if other in self.error - self.wanted else -4.0
                 reason = (
                     f"Only unwanted requests take case {cases} of the switch at {self.code.describe(table.jump)}, to "
@@ -272,6 +241,8 @@ class _Finder:
             parts = self.parts(entry, sibling.weight)
             parts["shared"] = 0.5
             parts["sibling"] = -0.1 * at
+            # A callback may come before the handler; but nothing in its table sounds like a refusal.
+            parts["first function"] = 1.5 * min(1.0, 0.5 + sibling.weight) if entry == self.first else 0.0
             instead = _called(self.code.describe(sibling.entry), sibling.name)
             reason = (
                 f"{_called(self.code.describe(entry), own)} is called only through a table of {sibling.table_size} "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import tomllib
 from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass, field
@@ -141,16 +143,23 @@ def load(path: Path) -> Plan:
         DynacutError: it cannot be read, is no TOML, or no plan; every problem is named.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_PLAN_SIZE + 1)
-    except OSError as error:
-        raise DynacutError(f"the plan {path} cannot be read: {error.strerror}") from None
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            data = file.read(MAX_PLAN_SIZE + 1) if is_regular else b""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DynacutError(f"the plan {path} cannot be read: {reason}", "check the file's name") from None
+    if not is_regular:
+        raise DynacutError(f"the plan {path} is not a regular file", "write it to a file first")
     if len(data) > MAX_PLAN_SIZE:
-        raise DynacutError(f"the plan {path} is larger than {MAX_PLAN_SIZE >> 20} MiB")
+        raise DynacutError(f"the plan {path} is larger than {MAX_PLAN_SIZE >> 20} MiB", "split it into several")
     try:
         return loads(data.decode())
     except UnicodeDecodeError:
-        raise DynacutError(f"the plan {path} is not UTF-8 text") from None
+        raise DynacutError(
+            f"the plan {path} is not UTF-8 text", "plans are TOML files, see docs/reference.md"
+        ) from None
     except DynacutError as error:
         raise DynacutError(
             f"{path}: {error.problem}", error.advice, status=error.status, details=error.details
@@ -162,11 +171,11 @@ def loads(text: str) -> Plan:
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-        raise DynacutError(f"not TOML: {shortened(str(error))}") from None
+        raise DynacutError(f"not TOML: {shortened(str(error))}", "plans are described in docs/reference.md") from None
     reader = _Reader()
     plan = reader.plan(document)
     if reader.problems:
-        raise DynacutError("not a plan", "the guide describes the format of plans", details=reader.problems)
+        raise DynacutError("not a plan", "plans are described in docs/reference.md", details=reader.problems)
     return plan
 
 
@@ -178,7 +187,7 @@ class _Reader:
 
     def plan(self, document: dict[str, Any]) -> Plan:
         self._known("the plan", document, {"format", "name", "module", "feature", "edit"})
-        if document.get("format") != FORMAT:
+        if document.get("format") != FORMAT or document["format"] is True:
             self.problems.append(f"format is {_shown(document.get('format'))}; this program reads format {FORMAT}")
         modules = {}
         for name, table in self._table("module", document).items():

@@ -43,7 +43,13 @@ def without_region(pid: int) -> list[Mapping]:
         for mapping in (code, table)
         if code.size == CODE_SIZE and code.executable and not code.is_file and code.end == table.start
     }
-    return [mapping for mapping in mappings if mapping not in region]
+    # What a trace shares with forks lies behind its table.
+    ends = {mapping.end for mapping in region}
+    return [
+        mapping
+        for mapping in mappings
+        if mapping not in region and not (mapping.start in ends and mapping.path.startswith("/dev/zero"))
+    ]
 
 
 def _masks(task: Path) -> tuple[str, ...]:

@@ -1,0 +1,179 @@
+"""Threads that come and go, forks, and waits that nobody may notice were interrupted."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dynacut.live.proc import blocked_in, task_status, thread_ids
+
+from .conftest import Dynacut
+from .programs import DENIED, Program, feature
+from .servers import wait_until
+from .test_kill import cycle, run_json, start, wait_for_more
+from .untouched import Snapshot
+
+Start = Callable[..., Program]
+_SCOPES = ["entry", "block"]
+
+
+@pytest.mark.parametrize("scope", _SCOPES)
+def test_threads_come_and_go_meanwhile(program: Start, scope: str) -> None:
+    target = program("threads", 4)
+    for _ in range(10):
+        run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--scope", scope)
+        wait_for_more(target, "denied", 100)
+        run_json("live", "--pid", target.pid, "--undo")
+        wait_for_more(target, "right", 100)
+    assert target.counters()["wrong"] == 0
+
+
+@pytest.mark.parametrize("scope", _SCOPES)
+def test_sixty_four_busy_threads(program: Start, scope: str) -> None:
+    target = program("callers", 64)
+    assert target.ask("start") == "ok"
+    for _ in range(3):
+        run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--scope", scope)
+        wait_for_more(target, "denied", 1000)
+        run_json("live", "--pid", target.pid, "--undo", "--timeout", "30")
+        wait_for_more(target, "right", 1000)
+    assert target.counters("stop")["wrong"] == 0
+    assert len(thread_ids(target.pid)) == 65
+
+
+def test_no_thread_of_many_is_left_stopped(program: Start) -> None:
+    """One that gets no processor for a while stops late; whoever asked it to must still let it go."""
+    target = program("callers", 64)
+    assert target.ask("start") == "ok"
+    cycle(target, 10, "--disable feature --on-hit redirect=denied", "--undo")
+    assert [tid for tid in thread_ids(target.pid) if task_status(target.pid, tid).state in "tT"] == []
+    assert target.counters("stop")["wrong"] == 0
+
+
+@pytest.mark.parametrize(("name", "count"), [("eintr", 7), ("waiters", 9)])
+@pytest.mark.parametrize("scope", _SCOPES)
+def test_no_wait_ends_early_or_with_eintr(program: Start, name: str, count: int, scope: str) -> None:
+    target = program(name)
+    blocked = f"blocked {count}"
+    for _ in range(20):
+        run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--scope", scope)
+        assert target.ask("feature 3") == str(DENIED)
+        assert target.ask("report") == blocked
+        run_json("live", "--pid", target.pid, "--undo")
+        assert target.ask("report") == blocked
+    if name == "eintr":
+        assert target.ask("wake") == f"woken {count - 1}"
+
+
+def test_no_wait_ends_when_another_thread_cannot_be_stopped(program: Start) -> None:
+    """A thread sits in vfork: the block is refused, and those that were stopped for it must not notice."""
+    target = program("vfork_thread")
+    assert target.ask("report") == "blocked"
+    status, _, errors = start(
+        "live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1", "--scope", "block",
+        "--timeout", "1",
+    ).result()  # fmt: skip
+    assert (status, len(errors.splitlines())) == (1, 2), errors
+    assert target.ask("report") == "blocked"
+    assert target.ask("feature 3") == str(feature(3))
+    assert target.ask("wake") == "blocked"
+    run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1", "--scope", "block")
+    assert target.ask("feature 3") == "-1"
+
+
+def test_a_large_write_is_not_cut_short(program: Start) -> None:
+    """A stop makes write(2) return what it has written so far. The change may wait, or be refused; not that."""
+    target = program("writer")
+
+    def waits_in_write() -> bool:
+        waits = blocked_in(target.pid, target.pid)
+        return waits is not None and waits.number == 1
+
+    wait_until(waits_in_write, "the pipe is full")
+    run = start("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1", "--timeout", "0.5")
+    assert run.result()[0] in (0, 1)
+    assert target.ask("read") == f"wrote {1 << 20} of {1 << 20}"
+
+
+def test_a_vfork_parent_is_refused_and_goes_on_afterwards(program: Start, dynacut: Dynacut) -> None:
+    target = program("vforker")
+    assert target.read_line().startswith("child ")
+    wait_until(lambda: task_status(target.pid).state == "D", "the parent waits for its child")
+    before = Snapshot.of(target.pid)
+    done = dynacut("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1", "--timeout", "0.5")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 2), done.stderr
+    assert Snapshot.of(target.pid) == before
+    assert target.ask("wake") == "resumed 0"
+    assert target.ask("feature 3") == str(feature(3))
+    dynacut.json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1")
+    assert target.ask("feature 3") == "-1"
+
+
+def test_forked_children_inherit_the_patch_and_count_for_themselves(program: Start, dynacut: Dynacut) -> None:
+    target = program("forker")
+    elder = int(target.ask("spawn"))
+    dynacut.json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied")
+    child = int(target.ask("spawn"))
+    assert target.ask("fork 3") == f"exit 0 result {DENIED}"
+    assert target.ask("each 3") == f"{feature(3)} {DENIED}"
+    (entry,) = dynacut.json("live", "--pid", child)["features"]
+    assert (entry["state"], entry["hits"]) == ("disabled", 1)
+    assert dynacut.json("live", "--pid", elder)["features"] == []
+    dynacut.json("live", "--pid", child, "--undo")
+    assert target.ask("each 3") == f"{feature(3)} {feature(3)}"
+    assert target.ask("feature 3") == str(DENIED)
+    assert target.ask("fork 3") == f"exit 0 result {DENIED}"
+
+
+def test_a_tree_is_changed_as_one(program: Start, dynacut: Dynacut) -> None:
+    target = program("forker")
+    children = [int(target.ask("spawn")) for _ in range(3)]
+    tree = ("live", "--pid", target.pid, "--tree")
+    report = dynacut.json(*tree, "--disable", "feature", "--on-hit", "redirect=denied")
+    assert {process["pid"] for process in report["processes"]} == {target.pid, *children}
+    assert target.ask("each 3") == " ".join([str(DENIED)] * 3)
+    assert target.ask("feature 3") == str(DENIED)
+    (entry,) = dynacut.json(*tree)["features"]
+    assert (entry["state"], entry["hits"]) == ("disabled", 4)
+    dynacut.json(*tree, "--undo")
+    assert target.ask("each 3") == " ".join([str(feature(3))] * 3)
+    assert target.ask("feature 3") == str(feature(3))
+
+
+def test_a_zombie_in_a_tree_is_passed_over(dynacut: Dynacut) -> None:
+    """Every busy server has a child now and then that has ended and is not yet reaped."""
+    with subprocess.Popen(["sh", "-c", "true & exec sleep 1000"]) as parent:
+        try:
+            process = psutil.Process(parent.pid)
+            wait_until(lambda: [child.status() for child in process.children()] == ["zombie"], "a zombie")
+            report = dynacut.json("live", "--pid", parent.pid, "--tree")
+            assert [each["pid"] for each in report["processes"]] == [parent.pid]
+        finally:
+            parent.kill()
+
+
+def test_exec_loses_the_patch_and_the_new_program_is_whole(dynacut: Dynacut, tmp_path: Path) -> None:
+    """A shell is patched and replaces itself by another program."""
+    ready = tmp_path / "ready"
+    script = f"touch {ready}; read line; exec sh -c 'read line; exit 7'"
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as process:
+        try:
+            wait_until(ready.exists, "the shell waits")
+            main = subprocess.run(["sh", "-c", "readlink /proc/$PPID/exe"], check=True, capture_output=True)
+            assert main.returncode == 0
+            before = Snapshot.of(process.pid)
+            dynacut.json("live", "--pid", process.pid, "--disable", "libc!getenv", "--on-hit", "return=0")
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            wait_until(lambda: Snapshot.of(process.pid).code.keys() != before.code.keys(), "the exec")
+            assert dynacut.json("live", "--pid", process.pid)["features"] == []
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.wait(10) == 7
+        finally:
+            process.kill()
