@@ -126,28 +126,46 @@ def lasting_blockers(pid: int) -> list[int]:
 def block_threads_again(process: Process, repairs: Sequence[Repair], clock: StopClock) -> None:
     """Puts the masks of threads back as they were.
 
-    Threads that ended meanwhile are passed over, and so are those that have another mask by now: theirs was a signal
-    handler's, or pthread_create's.
+    Threads that ended meanwhile are passed over, and so are those that keep another mask by now: theirs was a signal
+    handler's, or pthread_create's. A thread that is amid such a one at this moment is looked at again.
+
+    Raises:
+        DynacutError: a thread cannot be stopped.
     """
+    before: dict[int, set[int]] = {}
     for repair in repairs:
-        if repair.kind is not RepairKind.THREAD_MASK:
-            continue
-        try:
-            if start_time(process.pid, repair.id) != repair.start_time:
-                continue
-            with Tracee(repair.id) as tracee:
-                tracee.interrupt(_STOP_TIMEOUT)
-                if tracee.blocked_signals() | SIGTRAP_BIT == repair.mask:
-                    tracee.set_blocked_signals(repair.mask)
-            clock.add(tracee.stopped_ns)
-        except (ThreadGoneError, FileNotFoundError, ProcessLookupError):
-            continue
-        except NoStopError:
-            raise DynacutError(
-                f"thread {repair.id} of {process.label} could not be stopped to put its signal mask back",
-                "run --undo again",
-                status=ExitStatus.CHECK_FAILED,
-            ) from None
+        if repair.kind is RepairKind.THREAD_MASK and _started(process.pid, repair.id) == repair.start_time:
+            before.setdefault(repair.id, set()).add(repair.mask)
+    until = time.monotonic() + _PASSING
+    while before:
+        for tid in list(before):
+            try:
+                with Tracee(tid) as tracee:
+                    tracee.interrupt(_STOP_TIMEOUT)
+                    mask = tracee.blocked_signals()
+                    if not mask & SIGTRAP_BIT and mask | SIGTRAP_BIT in before[tid]:
+                        tracee.set_blocked_signals(mask | SIGTRAP_BIT)
+                        del before[tid]
+                clock.add(tracee.stopped_ns)
+            except ThreadGoneError:
+                before.pop(tid, None)
+            except NoStopError:
+                raise DynacutError(
+                    f"thread {tid} of {process.label} could not be stopped to put its signal mask back",
+                    "run --undo again",
+                    status=ExitStatus.CHECK_FAILED,
+                ) from None
+        if time.monotonic() > until:
+            return
+        if before:
+            time.sleep(_LOOK_PAUSE)
+
+
+def _started(pid: int, tid: int) -> int | None:
+    try:
+        return start_time(pid, tid)
+    except OSError:
+        return None
 
 
 def caught_signals(pid: int) -> list[int]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from dynacut.live.masks import SIGTRAP_BIT
-from dynacut.live.proc import blocked_in, thread_ids
+from dynacut.live.proc import thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.remote import StopClock
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
@@ -22,6 +22,7 @@ _INT3 = 0xCC
 _STOP_TIMEOUT = 0.5
 _PAUSE = 0.002
 _OPEN_ATTEMPTS = 25
+_CLOSED_SECONDS = 1.0
 # struct rt_sigframe (arch/x86/include/asm/sigframe.h): the trampoline's address, then the ucontext, whose registers
 # begin at byte 40; rsp is the 16th of them, rip the 17th.
 _FRAME_RSP = 8 + 40 + 15 * 8
@@ -58,23 +59,20 @@ def write_in_window(
     attempts = 0
     closed = False
     try:
-        while True:
-            busy = _attempt(process, inner, runs, clock)
-            if busy is None:
-                closed = False
-                return
+        while (busy := _attempt(process, inner, runs, clock)) is not None:
             attempts += 1
-            waits = blocked_in(process.pid, busy.tid) is not None
-            if (closed and waits) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise DynacutError(
                     f"{process.label}: {busy.what}",
                     "try again with a longer --timeout, or use --scope entry, which needs only the first byte",
                 )
-            if not closed and not waits and attempts >= _OPEN_ATTEMPTS:
+            if not closed and not busy.waits and attempts >= _OPEN_ATTEMPTS:
                 closed = True
+                deadline = min(deadline, time.monotonic() + _CLOSED_SECONDS)
                 for address, _ in heads:
                     process.write(address, bytes([_INT3]))
             time.sleep(_PAUSE)
+        closed = False
     finally:
         if closed:
             for address, old in heads:
@@ -162,10 +160,10 @@ class _Inner:
             # Right behind the first byte and with a SIGTRAP pending it has hit the int3 there, and is on its way out.
             trapped = index is not None and rip == self._starts[index] and tracee.pending_signals() & SIGTRAP_BIT
             if index is not None and not trapped:
-                return _Busy(tid, f"thread {tid} is at {rip:#x}, amid the bytes to change")
+                return _Busy(f"thread {tid} is at {rip:#x}, amid the bytes to change", waits=False)
             address = self._on_stacks(process, tracee.registers["rsp"])
             if address is not None:
-                return _Busy(tid, f"thread {tid} may return to {address:#x}, amid the bytes to change")
+                return _Busy(f"thread {tid} may return to {address:#x}, amid the bytes to change", tracee.in_syscall)
         return None
 
     def _index(self, address: int) -> int | None:
@@ -213,8 +211,9 @@ class _Inner:
 class _Busy:
     """A thread that is in the way."""
 
-    tid: int
     what: str
+    waits: bool
+    """Whether it was in a system call: it may stay there for long."""
 
 
 def _aligned(stack: bytes, pattern: bytes, shift: int) -> Iterator[int]:
