@@ -45,6 +45,7 @@ def main() -> int:
         "machine": machine,
         "repeat": repeat,
         "quick": arguments.quick,
+        "load": [round(os.getloadavg()[0], 1)],
     }
     figures: list[dict[str, Any]] = []
     claims: list[Claim] = []
@@ -70,6 +71,7 @@ def main() -> int:
             _print_table(table)
     for claim in claims:
         print(f"claim {claim.text}: {claim.figure}: {'holds' if claim.holds else 'DOES NOT HOLD'}")
+    document["load"].append(round(os.getloadavg()[0], 1))
     document |= {"seconds": round(time.time() - started), "figures": figures, "claims": [c.as_json() for c in claims]}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
@@ -138,11 +140,13 @@ def _print_rich(table: Table) -> None:
 
     rich = RichTable(title=table.title, title_justify="left")
     for index, column in enumerate(table.columns):
-        rich.add_column(column, justify="left" if index == 0 else "right")
+        rich.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in table.rows:
         rich.add_row(*row)
     # Cells are not to be folded on a narrow terminal.
-    width = max(shutil.get_terminal_size().columns, 3 * len(table.columns) + sum(_widths([table.columns, *table.rows])))
+    width = max(
+        shutil.get_terminal_size().columns, 3 * len(table.columns) + 1 + sum(_widths([table.columns, *table.rows]))
+    )
     Console(width=width).print(rich)
 
 

@@ -13,7 +13,7 @@ from dynacut.shared.plan import PlannedModule
 
 SYNTAX = "module+0xOFFSET, symbol, symbol+0xOFF, module!symbol, file.c:LINE or 0xADDRESS"
 
-_ABSOLUTE = re.compile(r"0x[0-9a-fA-F]{1,16}")
+_ABSOLUTE = re.compile(r"0x[0-9a-fA-F]+")
 _LINE = re.compile(r"(?P<file>[^!]+):(?P<line>[0-9]{1,9})")
 _PLACE = re.compile(r"(?:(?P<module>[^!]+)!)?(?P<name>[^!]+?)(?:\+(?P<offset>0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}))?")
 _MAX_LENGTH = 4096

@@ -113,7 +113,7 @@ class Program:
 
     def install(self) -> None:
         """As live/patcher.py does, but that the kernel writes the replaced action where table.h says."""
-        action = self.region.action
+        action = self.region.action(KernelAction())
         handler, restorer = action.handler - ADDRESS, action.restorer - ADDRESS
         assert self.ask(f"install {handler:x} {action.flags:x} {restorer:x}") == "0"
 
@@ -499,7 +499,7 @@ def installed_as(program: Program, how: str) -> None:
     if how == "patcher":
         observed = program.memory[CODE_SIZE + OBSERVED_OFFSET :][: len(KernelAction().pack())]
         program.write(Write(PREVIOUS_OFFSET, observed))
-        program.write(Write(OBSERVED_OFFSET, program.region.action.pack()))
+        program.write(Write(OBSERVED_OFFSET, program.region.action(KernelAction()).pack()))
 
 
 both_tables = pytest.mark.parametrize("how", ["kernel", "patcher"])
