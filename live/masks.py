@@ -17,7 +17,7 @@ from dynacut.live.proc import blocked_in, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.region import Region, write_all
 from dynacut.live.remote import Remote, StopClock
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP
 
@@ -69,7 +69,7 @@ def unblock_threads(process: Process, region: Region, table: Table, clock: StopC
         made = 0
         for tid in _suspects(process.pid, looked_at):
             try:
-                with Tracee(tid) as tracee:
+                with urgent(), Tracee(tid) as tracee:
                     tracee.interrupt(_STOP_TIMEOUT)
                     mask = tracee.blocked_signals()
                     if mask & SIGTRAP_BIT:
@@ -140,7 +140,7 @@ def block_threads_again(process: Process, repairs: Sequence[Repair], clock: Stop
     while before:
         for tid in list(before):
             try:
-                with Tracee(tid) as tracee:
+                with urgent(), Tracee(tid) as tracee:
                     tracee.interrupt(_STOP_TIMEOUT)
                     mask = tracee.blocked_signals()
                     if not mask & SIGTRAP_BIT and mask | SIGTRAP_BIT in before[tid]:

@@ -25,7 +25,7 @@ from dynacut.live.process import Process, gone
 from dynacut.live.region import MAX_STUB_SIZE, Region, choose_address, take_slot
 from dynacut.live.slack import find_slack
 from dynacut.live.stub import Stub, restoring_tail
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP
 
@@ -159,7 +159,7 @@ class Remote:
     def _try_shot(self, body: bytes, slot: int) -> bool:
         for tid in _candidates(self._process.pid):
             try:
-                with Tracee(tid) as tracee:
+                with urgent(), Tracee(tid) as tracee:
                     timeout = max(0.001, min(_STOP_TIMEOUT, self.deadline - time.monotonic()))
                     tracee.interrupt(timeout)
                     shot = self._is_safe(tracee) and self._send(tracee, body, slot)

@@ -74,6 +74,7 @@ _SIGINFOS = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
 
 
 _LATE_TIMEOUT = 0.2
+_EACH_TIMEOUT = 0.5
 _late: list[Tracee] = []
 """Threads that were asked to stop and have not yet: ptrace keeps them for the whole process, and so must we."""
 
@@ -329,45 +330,39 @@ def _is_ending(tid: int) -> bool:
 
 
 def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
-    """Stops threads and yields each as it stops, then lets it go; so none waits for another.
+    """Stops threads one after the other, yields each while it is stopped and lets it go: none waits for another.
 
     Threads that end, or do not stop within timeout seconds, are passed over.
     """
-    waiting: list[Tracee] = []
+    deadline = time.monotonic() + timeout
     for tid in tids:
         try:
-            tracee = Tracee(tid)
-            tracee.request_interrupt()
-            waiting.append(tracee)
-        except ThreadGoneError:
+            with urgent(), Tracee(tid) as tracee:
+                tracee.interrupt(max(0.0, min(_EACH_TIMEOUT, deadline - time.monotonic())))
+                yield tracee
+        except (ThreadGoneError, NoStopError):
             continue
-    deadline = time.monotonic() + timeout
-    while waiting and time.monotonic() < deadline:
-        remaining = []
-        for tracee in waiting:
-            try:
-                if not tracee.poll():
-                    remaining.append(tracee)
-                    continue
-                with tracee:
-                    yield tracee
-            except (ThreadGoneError, NoStopError):
-                continue
-        if len(remaining) == len(waiting):
-            wait_for_stops(deadline - time.monotonic())
-        waiting = remaining
-    _late.extend(waiting)
+
+
+@contextmanager
+def urgent() -> Iterator[None]:
+    """Real-time priority, where it is permitted, for as long as a thread is stopped: it would wait with us if we were
+    preempted. Not for longer: on that processor the target itself cannot run meanwhile."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, policy, parameters)
 
 
 @contextmanager
 def prompt_stops() -> Iterator[None]:
-    """For the time in which threads are stopped: SIGCHLD is blocked, so that stops can be waited for instead of polled;
-    and where it is permitted, this process takes real-time priority: were it preempted, the target would wait with it.
-    """
+    """For a series of stops: SIGCHLD is blocked, so that a stop can be waited for instead of polled, no garbage is
+    collected meanwhile, and threads that stopped too late are let go at the end."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    with suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -377,6 +372,4 @@ def prompt_stops() -> Iterator[None]:
         release_late(5 * _LATE_TIMEOUT)
         if collecting:
             gc.enable()
-        with suppress(PermissionError):
-            os.sched_setscheduler(0, policy, parameters)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

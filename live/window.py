@@ -13,7 +13,7 @@ from dynacut.live.masks import SIGTRAP_BIT
 from dynacut.live.proc import thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.remote import StopClock
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import ByteEdit
 from dynacut.shared.target import PAGE_SIZE
@@ -86,7 +86,7 @@ def _attempt(process: Process, inner: _Inner, runs: Sequence[Sequence[ByteEdit]]
     process.refresh()
     prepared = [_Prepared.of(process, run) for run in runs]
     started = time.perf_counter_ns()
-    with all_stopped(process) as tracees:
+    with urgent(), all_stopped(process) as tracees:
         busy = inner.find_thread(process, tracees)
         if busy is None:
             for part in prepared:

@@ -1,0 +1,181 @@
+"""dynacut plan: from coverage to a plan, tried if there is something to try it on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynacut.cli.console import print_json, print_table, warn
+from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.shared.plan import name_problem
+from dynacut.shared.report import SCHEMA
+
+if TYPE_CHECKING:
+    from dynacut.live.trial import Trial
+    from dynacut.shared.coverage import Coverage
+    from dynacut.shared.suggest import Difference, Suggestion
+
+NAME = "plan"
+HELP = "find the blocks of a feature, and a way to switch it off"
+DESCRIPTION = (
+    "Find what only unwanted requests execute, and a redirect from there into the program's own error path. With "
+    "--try, prove it on a sacrificial instance: apply, probe, undo, and on to the next way until one works."
+)
+EPILOG = """examples:
+  dynacut plan --wanted get.drcov --unwanted set.drcov --name set -o set.toml
+  dynacut plan --wanted get.drcov --unwanted set.drcov --name set -o set.toml --try --pid 4711 \\
+      --probe-unwanted 'redis-cli -e set k v' --probe-wanted 'redis-cli -e get k'
+"""
+_SHOWN = 8
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    logs = parser.add_argument_group("coverage (drcov)")
+    logs.add_argument("--wanted", nargs="+", type=Path, required=True, metavar="F", help="of requests that must go on")
+    logs.add_argument("--unwanted", nargs="+", type=Path, required=True, metavar="F", help="of requests to switch off")
+    logs.add_argument("--error", nargs="+", type=Path, metavar="F", help="of unwanted requests that are refused anyway")
+    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="PLAN.toml", help="the plan")
+    parser.add_argument("--name", default="feature", metavar="NAME", help="the feature's name (default: feature)")
+    trial = parser.add_argument_group("trying it")
+    trial.add_argument("--try", dest="tried", action="store_true", help="try the ways found, on --pid or on -- CMD")
+    trial.add_argument("--pid", type=int, metavar="P", help="a sacrificial instance that runs")
+    trial.add_argument("--tree", action="store_true", help="with all its descendants")
+    trial.add_argument("--probe-unwanted", action="append", default=[], metavar="CMD", help="succeeds; shall fail")
+    trial.add_argument("--probe-wanted", action="append", default=[], metavar="CMD", help="succeeds; shall go on so")
+    trial.add_argument("--probe-timeout", type=float, default=5.0, metavar="S", help="for each probe (default: 5)")
+    trial.add_argument("--trials", type=int, default=20, metavar="N", help="ways to try at most (default: 20)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD …", help="the instance to start")
+
+
+def run(arguments: argparse.Namespace) -> ExitStatus:
+    """Finds, tries, writes the plan."""
+    from dynacut.shared.suggest import suggest
+
+    if problem := name_problem(arguments.name):
+        raise _usage(problem)
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if arguments.tried and (arguments.pid is None) == (not command):
+        raise _usage("--try needs an instance: either --pid or -- CMD")
+    if arguments.tried and not arguments.probe_unwanted:
+        raise _usage("--try needs --probe-unwanted")
+    error = _read(arguments.error) if arguments.error else None
+    differences, suggestions = suggest(_read(arguments.wanted), _read(arguments.unwanted), error)
+    if not suggestions:
+        raise DynacutError(
+            "no safe way was found to switch off what only the unwanted requests execute",
+            "record more wanted requests, its siblings above all; or choose a site by hand",
+        )
+    trials: list[Trial] = []
+    chosen = suggestions[0]
+    if arguments.tried:
+        chosen, trials = _try(arguments, command, suggestions)
+    _write(arguments, chosen, trials)
+    if arguments.json:
+        print_json(_document(arguments, differences, suggestions, chosen, trials))
+    elif not arguments.quiet:
+        _print(arguments, differences, chosen, trials)
+    return ExitStatus.DONE
+
+
+def _read(paths: list[Path]) -> Coverage:
+    from dynacut.shared.drcov import read_log
+    from dynacut.shared.suggest import union_of
+
+    coverages = []
+    for path in paths:
+        log = read_log(path)
+        for line in log.warnings:
+            warn(f"{path}: {line}")
+        coverages.append(log.coverage)
+    return union_of(coverages)
+
+
+def _try(
+    arguments: argparse.Namespace, command: list[str], suggestions: list[Suggestion]
+) -> tuple[Suggestion, list[Trial]]:
+    from dynacut.live.trial import Instance, Probes
+
+    probes = Probes(tuple(arguments.probe_wanted), tuple(arguments.probe_unwanted), arguments.probe_timeout)
+    trials = []
+    with Instance(arguments.pid, command, probes, tree=arguments.tree) as instance:
+        for suggestion in suggestions[: arguments.trials]:
+            trial = instance.attempt(suggestion.plan(arguments.name))
+            trials.append(trial)
+            if not arguments.quiet:
+                print(
+                    f"trial {len(trials)}: {printable(suggestion.entry)} → {printable(suggestion.destination)}: "
+                    f"{printable(trial.verdict)}",
+                    file=sys.stderr,
+                )
+            if trial.works:
+                return suggestion, trials
+    raise DynacutError(
+        f"none of {len(trials)} ways worked",
+        "record more wanted requests, or try more ways by --trials",
+        details=[f"{index}. {trial.verdict}" for index, trial in enumerate(trials, 1)],
+    )
+
+
+def _write(arguments: argparse.Namespace, chosen: Suggestion, trials: list[Trial]) -> None:
+    lines = [f"# {printable(chosen.candidate.reason)}"]
+    if trials:
+        lines.append(f"# Tried: way {len(trials)} of those found works.")
+        lines += [f"#   probe, shall fail:    {printable(probe)}" for probe in arguments.probe_unwanted]
+        lines += [f"#   probe, shall succeed: {printable(probe)}" for probe in arguments.probe_wanted]
+        lines += [f"#   {index}. {printable(trial.verdict)}" for index, trial in enumerate(trials, 1)]
+    else:
+        lines.append("# Not tried yet: see `dynacut plan --try`.")
+    text = "\n".join(lines) + "\n" + chosen.plan(arguments.name).to_toml()
+    try:
+        arguments.output.write_text(text)
+    except OSError as error:
+        raise DynacutError(f"{arguments.output} cannot be written: {error.strerror}") from None
+
+
+def _print(
+    arguments: argparse.Namespace, differences: list[Difference], chosen: Suggestion, trials: list[Trial]
+) -> None:
+    rows = [
+        [difference.code.module.name, name, str(count)]
+        for difference in differences
+        for name, count in difference.functions[:_SHOWN]
+    ]
+    total = sum(len(difference.blocks) for difference in differences)
+    print(f"only unwanted requests execute {total} blocks; they begin in")
+    print_table("functions", ["module", "function", "blocks"], rows, right=frozenset({2}))
+    print(f"switched off at {printable(chosen.entry)}, goes on at {printable(chosen.destination)}")
+    print(f"  {printable(chosen.candidate.reason)}")
+    for line in chosen.disassembly():
+        print(f"    {printable(line)}")
+    state = "tried, works" if trials else "not tried"
+    print(f"{arguments.output}: feature {arguments.name} ({state})")
+
+
+def _document(
+    arguments: argparse.Namespace,
+    differences: list[Difference],
+    suggestions: list[Suggestion],
+    chosen: Suggestion,
+    trials: list[Trial],
+) -> dict[str, object]:
+    return {
+        "schema": SCHEMA,
+        "plan": str(arguments.output),
+        "blocks": sum(len(difference.blocks) for difference in differences),
+        "candidates": len(suggestions),
+        "entry": chosen.entry,
+        "destination": chosen.destination,
+        "reason": chosen.candidate.reason,
+        "trials": [trial.verdict for trial in trials],
+        "works": trials[-1].works if trials else None,
+    }
+
+
+def _usage(problem: str) -> DynacutError:
+    return DynacutError(problem, "see dynacut plan --help", status=ExitStatus.USAGE)

@@ -1,0 +1,178 @@
+"""Trying plans on a sacrificial instance: applied, probed, undone, until one does what it shall and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dynacut.handlers.table import Table
+from dynacut.live.admission import admit
+from dynacut.live.change import change
+from dynacut.shared import resolve
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.patch_set import PatchSet
+from dynacut.shared.plan import Plan
+from dynacut.shared.target import Target
+
+_START_TIMEOUT = 20.0
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Shell commands. wanted must succeed always; unwanted before, and after an undo, but not with the plan."""
+
+    wanted: tuple[str, ...]
+    unwanted: tuple[str, ...]
+    timeout: float = 5.0
+
+    def failing(self, commands: Sequence[str]) -> list[str]:
+        """Those that fail, with why."""
+        return [f"{command}: {reason}" for command in commands if (reason := self._run(command))]
+
+    def _run(self, command: str) -> str:
+        """Why a command fails; empty if it succeeds."""
+        try:
+            done = subprocess.run(
+                command,
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=self.timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return _NO_ANSWER
+        return f"exit status {done.returncode}" if done.returncode else ""
+
+
+_NO_ANSWER = "no answer in time"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one plan. verdict is ``works``, or why not."""
+
+    plan: Plan
+    verdict: str
+
+    @property
+    def works(self) -> bool:
+        """Whether the plan is accepted."""
+        return self.verdict == "works"
+
+
+class Instance:
+    """A server to try on: one that runs, or one that is started, and started again when a trial has killed it."""
+
+    def __init__(self, pid: int | None, command: Sequence[str], probes: Probes, *, tree: bool) -> None:
+        """Takes the running one, or starts one.
+
+        Raises:
+            DynacutError: it does not answer the probes as it should before anything is changed.
+        """
+        self._command = command
+        self._probes = probes
+        self._tree = tree
+        self._process: subprocess.Popen[bytes] | None = None
+        self.pid = pid if pid is not None else self._start()
+        self._check_untouched()
+
+    def __enter__(self) -> Instance:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def attempt(self, plan: Plan) -> Trial:
+        """Applies a plan, probes, undoes, probes again."""
+        try:
+            self._change(lambda target, table: resolve.disable(plan, target, table))
+        except DynacutError as error:
+            return Trial(plan, "; ".join([error.problem, *error.details]))
+        verdict = self._verdict()
+        if not self._is_alive():
+            self._revive()
+            return Trial(plan, verdict if verdict != "works" else "it ends the server")
+        self._change(resolve.undo)
+        failing = self._probes.failing([*self._probes.wanted, *self._probes.unwanted])
+        if failing:
+            self._revive()
+            return Trial(plan, f"the server is not as before when it is undone: {failing[0]}")
+        return Trial(plan, verdict)
+
+    def _verdict(self) -> str:
+        refused = self._probes.failing(self._probes.unwanted)
+        if not self._is_alive():
+            return "it ends the server"
+        if len(refused) < len(self._probes.unwanted):
+            return "the unwanted request is still answered"
+        if any(_NO_ANSWER in line for line in refused):
+            return "the unwanted request gets no answer"
+        broken = self._probes.failing(self._probes.wanted)
+        if not self._is_alive():
+            return "it ends the server"
+        return f"a wanted request fails: {broken[0]}" if broken else "works"
+
+    def _change(self, decide: Callable[[Target, Table | None], PatchSet]) -> None:
+        change(self.pid, decide, tree=self._tree, dry_run=False, timeout=10.0)
+
+    def _is_alive(self) -> bool:
+        if self._process is not None and self._process.poll() is not None:
+            return False
+        try:
+            admit(self.pid, changing=False)
+        except DynacutError:
+            return False
+        return True
+
+    def _check_untouched(self) -> None:
+        failing = self._probes.failing([*self._probes.wanted, *self._probes.unwanted])
+        if failing:
+            raise DynacutError(
+                f"before anything is changed a probe fails: {failing[0]}",
+                "every probe must succeed (exit status 0) while the feature is there",
+            )
+
+    def _start(self) -> int:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + _START_TIMEOUT
+        while self._probes.failing(self._probes.wanted):
+            if self._process.poll() is not None:
+                raise DynacutError(f"{shlex.join(self._command)} ended at once", "start it by hand to see why")
+            if time.monotonic() > deadline:
+                self._end()
+                raise DynacutError(
+                    f"{shlex.join(self._command)} does not answer the wanted probes", "try the probes by hand"
+                )
+            time.sleep(0.05)
+        return self._process.pid
+
+    def _revive(self) -> None:
+        if self._process is None:
+            if not self._is_alive():
+                raise DynacutError(
+                    "a trial ended the server, or left it broken",
+                    "start it again, or let dynacut start it: dynacut plan --try … -- CMD",
+                )
+            return
+        self._end()
+        self.pid = self._start()
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, number)
+                self._process.wait(5.0)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        self._process.wait()

@@ -1,0 +1,130 @@
+"""From coverage to plans: what only unwanted requests execute, and the ways to switch that off, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynacut.shared.candidate import Candidate
+from dynacut.shared.candidates import find_candidates
+from dynacut.shared.code import Code
+from dynacut.shared.coverage import Coverage, CoveredModule
+from dynacut.shared.disassembly import disassembly
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.plan import Plan, PlannedModule
+from dynacut.shared.target import Module
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one module executed for unwanted requests only."""
+
+    code: Code
+    blocks: tuple[int, ...]
+    """Module offsets in the order of first hits."""
+
+    @property
+    def functions(self) -> list[tuple[str, int]]:
+        """The functions that these blocks lie in, with how many of them, the first reached first."""
+        counts: dict[str, int] = {}
+        for offset in self.blocks:
+            function = self.code.function_at(offset)
+            name = self.code.describe(function.start) if function else self.code.describe(offset)
+            counts[name] = counts.get(name, 0) + 1
+        return list(counts.items())
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One way to switch the feature off."""
+
+    code: Code
+    candidate: Candidate
+
+    def plan(self, name: str) -> Plan:
+        """The plan for it, with one feature of that name."""
+        module = self.code.module
+        planned = PlannedModule(module.path, self.code.elf.build_id)
+        feature = self.candidate.as_feature(name, module.name, self.code.elf)
+        return Plan(name, (feature,), (), {module.name: planned})
+
+    @property
+    def entry(self) -> str:
+        """Where the feature begins, as people know it."""
+        return self.code.describe(self.candidate.entry)
+
+    @property
+    def destination(self) -> str:
+        """Where a hit goes on, as people know it."""
+        return self.code.describe(self.candidate.destination)
+
+    def disassembly(self) -> list[str]:
+        """The first instructions at the entry."""
+        return disassembly(self.code, self.candidate.entry)
+
+
+def suggest(
+    wanted: Coverage, unwanted: Coverage, error: Coverage | None = None
+) -> tuple[list[Difference], list[Suggestion]]:
+    """What only unwanted requests executed, by module, and the ways to switch it off, best first.
+
+    error: the unwanted request where the server refuses it already, if it can be made to.
+
+    Raises:
+        DynacutError: there is no difference, or a module's file cannot be read.
+    """
+    sets: list[tuple[Code, dict[int, int], dict[int, int], dict[int, int] | None]] = []
+    for module in unwanted.modules:
+        if not Path(module.path).is_file():
+            continue  # the vDSO, and what was deleted meanwhile
+        code = code_of_file(Path(module.path))
+        u = dict(module.normalised(code.blocks).blocks)
+        w = _blocks(wanted, module, code)
+        sets.append((code, u, w, _blocks(error, module, code) if error else None))
+    differences = [Difference(code, tuple(offset for offset in u if offset not in w)) for code, u, w, _ in sets]
+    differences = [difference for difference in differences if difference.blocks]
+    total = sum(len(difference.blocks) for difference in differences)
+    if not total:
+        raise DynacutError(
+            "the unwanted requests executed nothing that the wanted ones did not",
+            "record the unwanted requests alone, and more of them",
+        )
+    suggestions = [
+        Suggestion(code, candidate)
+        for code, u, w, e in sets
+        if any(difference.code is code for difference in differences)
+        for candidate in find_candidates(code, w, u, e, total=total)
+    ]
+    suggestions.sort(key=lambda one: -one.candidate.score)
+    return differences, suggestions
+
+
+def code_of_file(path: Path) -> Code:
+    """The code of an ELF file that is not mapped anywhere: only offsets have a meaning."""
+    module = Module(
+        name=path.name,
+        names=frozenset({path.name}),
+        path=str(path),
+        file=path,
+        root=Path("/"),
+        base=0,
+        end=0,
+        is_executable=False,
+        mappings=(),
+    )
+    return Code(module)
+
+
+def _blocks(coverage: Coverage, module: CoveredModule, code: Code) -> dict[int, int]:
+    try:
+        other = coverage.module(module.path)
+    except DynacutError:
+        return {}  # the wanted requests never loaded it
+    return dict(other.normalised(code.blocks).blocks)
+
+
+def union_of(coverages: Sequence[Coverage]) -> Coverage:
+    """All of them together."""
+    first, *others = coverages
+    return first.union(*others)
