@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import select
+import signal
 import socket
 import sys
 import time
@@ -142,6 +143,9 @@ class _Session:
             trace = Trace(process, self._modules(process))
             listener = stack.enter_context(PhaseListener(pid))
             self._arm(trace, held, process)
+            # In the background of a script SIGINT is ignored from the start; and SIGTERM must not leave blocks armed.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
             try:
                 self._watch(trace, listener)
             except KeyboardInterrupt:

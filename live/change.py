@@ -106,7 +106,9 @@ def _resolve_all(
                 continue  # a short-lived child
             raise
         if not dry_run:
-            stop_trace(process, timeout, outcome.clock)  # what a killed tracer left behind
+            left_behind = stop_trace(process, timeout, outcome.clock)  # by a tracer that was killed
+            outcome.edits += left_behind
+            outcome.changed = outcome.changed or left_behind > 0
         patcher = Patcher(process, timeout, outcome.clock)
         try:
             patches = resolve(process, patcher.table())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dynacut.handlers.table import TRACE_MAGIC
 from dynacut.live.masks import SIGTRAP_BIT, lasting_blockers
 from dynacut.live.proc import task_status
 from dynacut.live.process import Process
@@ -32,7 +33,8 @@ def inspect(process: Process, *, thorough: bool = True) -> Inspection:
     table = found.table if found else None
     codes = CodeOf(process)
     features = features_of(process, table, codes)
-    foreign = foreign_changes(process, table, codes) if thorough else []
+    tables = [one.table for one in (found, find_region(process, TRACE_MAGIC)) if one is not None and one.table]
+    foreign = foreign_changes(process, tables, codes) if thorough else []
     return Inspection(
         process.pid,
         process.exe,

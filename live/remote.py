@@ -40,10 +40,14 @@ _STOP_TIMEOUT = 0.5
 _RSEQ_CS_OFFSET = 8
 _MSG_WAITALL = 0x100
 
-# System calls that servers wait in, and that go on unnoticed after a stop: read, poll, select, nanosleep, pause,
-# accept, recvfrom, recvmsg, wait4, futex, clock_nanosleep, epoll_wait, waitid, pselect6, ppoll, epoll_pwait, accept4,
-# epoll_pwait2.
-_WAITING = frozenset({0, 7, 23, 34, 35, 43, 45, 47, 61, 202, 230, 232, 247, 270, 271, 281, 288, 441})
+# System calls that programs wait in, and that go on unnoticed after a stop: read, poll, select, nanosleep, pause,
+# accept, recvfrom, recvmsg, wait4, semop, msgrcv, fcntl, flock; rt_sigtimedwait, rt_sigsuspend, futex, io_getevents,
+# restart_syscall, semtimedop, clock_nanosleep, epoll_wait, mq_timedreceive, waitid, pselect6, ppoll, epoll_pwait,
+# accept4, epoll_pwait2.
+_WAITING = frozenset(
+    {0, 7, 23, 34, 35, 43, 45, 47, 61, 65, 70, 72, 73}
+    | {128, 130, 202, 208, 219, 220, 230, 232, 243, 247, 270, 271, 281, 288, 441}
+)
 
 
 @dataclass

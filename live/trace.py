@@ -233,16 +233,20 @@ def armed_blocks(process: Process) -> int:
     return sum(process.read(site.address, 1) == _INT3_BYTE for site in found.table.sites)
 
 
-def stop_trace(process: Process, timeout: float, clock: StopClock) -> None:
-    """Takes a trace out of a process, its own or one that a killed tracer left behind; nothing if there is none.
+def stop_trace(process: Process, timeout: float, clock: StopClock) -> int:
+    """Takes a trace out of a process, its own or one that a killed tracer left behind.
+
+    Returns how many blocks were still armed.
 
     Raises:
         DynacutError: it could not be taken out.
     """
     found = _trace_of(process)
     if found is None:
-        return
-    Patcher(process, timeout, clock, TRACE_MAGIC).apply(resolve.undo(process, found.table))
+        return 0
+    patches = resolve.undo(process, found.table)
+    Patcher(process, timeout, clock, TRACE_MAGIC).apply(patches)
+    return len(patches.edits)
 
 
 def _trace_of(process: Process) -> FoundRegion | None:

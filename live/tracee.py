@@ -74,7 +74,7 @@ _SIGINFOS = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
 
 
 _LATE_TIMEOUT = 0.2
-_EACH_TIMEOUT = 0.5
+_ASKED_AT_ONCE = 8
 _late: list[Tracee] = []
 """Threads that were asked to stop and have not yet: ptrace keeps them for the whole process, and so must we."""
 
@@ -330,18 +330,37 @@ def _is_ending(tid: int) -> bool:
 
 
 def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
-    """Stops threads one after the other, yields each while it is stopped and lets it go: none waits for another.
+    """Stops threads, yields each as it stops and lets it go at once.
 
-    Threads that end, or do not stop within timeout seconds, are passed over.
+    A few are asked at a time: with more threads than processors each takes a while to stop, and one that has stopped
+    must not wait for others. Threads that end, or do not stop within timeout seconds, are passed over.
     """
+    release_late(0)
+    late = {tracee.tid for tracee in _late}
+    ahead = [tid for tid in tids if tid not in late]
+    asked: list[Tracee] = []
     deadline = time.monotonic() + timeout
-    for tid in tids:
-        try:
-            with urgent(), Tracee(tid) as tracee:
-                tracee.interrupt(max(0.0, min(_EACH_TIMEOUT, deadline - time.monotonic())))
-                yield tracee
-        except (ThreadGoneError, NoStopError):
-            continue
+    with urgent():
+        while (ahead or asked) and time.monotonic() < deadline:
+            if ahead and len(asked) < _ASKED_AT_ONCE:
+                with suppress(ThreadGoneError):
+                    tracee = Tracee(ahead.pop(0))
+                    tracee.request_interrupt()
+                    asked.append(tracee)
+            waiting = []
+            for tracee in asked:
+                try:
+                    if not tracee.poll():
+                        waiting.append(tracee)
+                        continue
+                    with tracee:
+                        yield tracee
+                except (ThreadGoneError, NoStopError):
+                    continue
+            if len(waiting) == len(asked) and (not ahead or len(asked) == _ASKED_AT_ONCE):
+                wait_for_stops(deadline - time.monotonic())
+            asked = waiting
+    _late.extend(asked)
 
 
 @contextmanager

@@ -113,12 +113,12 @@ def _on_hit(site: TableSite, codes: CodeOf) -> str:
     return str(OnHit(site.action, site.argument, destination))
 
 
-def foreign_changes(target: Target, table: Table | None, codes: CodeOf) -> list[Foreign]:
-    """Code that differs from its file: other tools' breakpoints and patches.
+def foreign_changes(target: Target, tables: Sequence[Table], codes: CodeOf) -> list[Foreign]:
+    """Code that differs from its file: other tools' breakpoints and patches. tables: what is known to be dynacut's.
 
     Only pages that were written to are compared, so that nothing is loaded into the target by looking.
     """
-    ours = table.sites if table else ()
+    ours = sorted((site for table in tables for site in table.sites), key=lambda site: site.address)
     starts = [site.address for site in ours]
     found: list[Foreign] = []
     for module in target.modules:

@@ -35,7 +35,7 @@ def sites_of(target: MemoryTarget) -> list[TableSite]:
 
 def test_without_a_table_there_are_no_features(target: MemoryTarget) -> None:
     assert features_of(target, None, CodeOf(target)) == ()
-    assert foreign_changes(target, None, CodeOf(target)) == []
+    assert foreign_changes(target, [], CodeOf(target)) == []
 
 
 def test_features_have_state_hits_and_actions_as_they_are_written(target: MemoryTarget) -> None:
@@ -76,7 +76,7 @@ def test_patches_of_somebody_else_are_found_byte_by_byte(target: MemoryTarget) -
     alpha, offset = target.address("alpha"), target.offset("alpha")
     target.write(alpha, b"\xcc")
     target.write(alpha + 4, b"\xe9\x11\x22\x33\x44")
-    found = foreign_changes(target, None, CodeOf(target))
+    found = foreign_changes(target, [], CodeOf(target))
     assert [(each.at, each.size) for each in found] == [(f"server+{offset:#x}", 1), (f"server+{offset + 4:#x}", 5)]
     assert (found[0].found, found[0].original) == (b"\xcc", b"\x55")
     assert (found[1].found, found[1].original) == (b"\xe9\x11\x22\x33\x44", b"\xb8\x01\x00\x00\x00")
@@ -88,20 +88,20 @@ def test_our_own_patches_are_not_foreign_but_their_neighbours_are(target: Memory
     memory.update(["one", "two"], sites)
     for site in sites:
         target.write(site.address, site.new)
-    assert foreign_changes(target, memory.table(), CodeOf(target)) == []
+    assert foreign_changes(target, [memory.table()], CodeOf(target)) == []
     target.write(sites[0].address + 1, b"\xcc")
-    (found,) = foreign_changes(target, memory.table(), CodeOf(target))
+    (found,) = foreign_changes(target, [memory.table()], CodeOf(target))
     assert (found.at, found.size) == (f"server+{target.offset('alpha') + 1:#x}", 1)
 
 
 def test_a_page_that_was_written_but_is_the_same_is_not_foreign(target: MemoryTarget) -> None:
     target.write(target.address("alpha"), b"\x55")
-    assert foreign_changes(target, None, CodeOf(target)) == []
+    assert foreign_changes(target, [], CodeOf(target)) == []
 
 
 def test_a_patch_in_a_library_is_found_too(target: MemoryTarget) -> None:
     target.write(target.address("extra"), b"\xcc")
-    (found,) = foreign_changes(target, None, CodeOf(target))
+    (found,) = foreign_changes(target, [], CodeOf(target))
     assert found.at.startswith("libextra.so.1+0x")
 
 
@@ -112,7 +112,7 @@ def test_a_module_whose_file_is_gone_hides_no_other_ones(target: MemoryTarget, t
     other.write(target.address("alpha"), b"\xcc")
     other.write(target.address("extra"), b"\xcc")
     server.unlink()
-    (found,) = foreign_changes(other, None, CodeOf(other))
+    (found,) = foreign_changes(other, [], CodeOf(other))
     assert found.at.startswith("libextra.so.1+0x")
 
 
@@ -133,7 +133,7 @@ def test_a_patch_in_the_first_page_of_code_that_begins_amid_it_is_found(target: 
     other = MemoryTarget((server, BASE))
     other.write(target.address("alpha"), b"\xcc")
     assert target.offset("alpha") // 4096 == code.offset // 4096, "alpha is in the first page"
-    (found,) = foreign_changes(other, None, CodeOf(other))
+    (found,) = foreign_changes(other, [], CodeOf(other))
     assert found.at == f"server+{target.offset('alpha'):#x}"
 
 
@@ -141,4 +141,4 @@ def test_very_many_foreign_bytes_do_not_make_an_endless_list(target: MemoryTarge
     text = next(part for part in target.modules[0].mappings if part.executable)
     memory = target.read(text.start, text.size)
     target.write(text.start, bytes(byte ^ (index & 1) for index, byte in enumerate(memory)))
-    assert 1 <= len(foreign_changes(target, None, CodeOf(target))) <= 1000 + 4096
+    assert 1 <= len(foreign_changes(target, [], CodeOf(target))) <= 1000 + 4096
