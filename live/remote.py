@@ -25,7 +25,7 @@ from dynacut.live.process import Process, gone
 from dynacut.live.region import MAX_STUB_SIZE, Region, choose_address, take_slot
 from dynacut.live.slack import find_slack
 from dynacut.live.stub import Stub, restoring_tail
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
+from dynacut.live.tracee import REGISTER_NAMES, NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP
 
@@ -149,8 +149,10 @@ class Remote:
         process = self._process
         if stub.size > MAX_STUB_SIZE:
             raise AssertionError(f"a stub of {stub.size} bytes")
-        # The first write to a page copies it, which takes time: not while a thread is stopped.
-        process.write(slot, bytes(stub.size))
+        # A rehearsal of what is done while a thread is stopped: the first write to a page copies it, and the first run
+        # of code finds cold caches. Nobody is sent to the slot before it is written anew.
+        for _ in range(2):
+            process.write(slot, stub.body() + restoring_tail(dict.fromkeys(REGISTER_NAMES, 0) | {"rax": 0}, 0))
         body = stub.body()
         while not self._try_shot(body, slot):
             if time.monotonic() > self.deadline:
@@ -177,11 +179,15 @@ class Remote:
         return False
 
     def _is_safe(self, tracee: Tracee) -> bool:
-        """Whether the thread may be sent elsewhere: no signal is on its way, and it is in no restartable sequence."""
-        if tracee.delivers_signal or tracee.pending_signals() & ~tracee.blocked_signals():
+        """Whether the thread may be sent elsewhere.
+
+        In a system call: no signal may be on its way, which might want to end the call. In the program's own code a
+        signal only comes before the stub instead of within it, but the thread must be in no restartable sequence.
+        """
+        if tracee.delivers_signal:
             return False
         if tracee.in_syscall:
-            return True
+            return not tracee.pending_signals() & ~tracee.blocked_signals()
         area = tracee.rseq_area()  # rseq(2): leaving a sequence by a jump would go unnoticed by the kernel
         return area == 0 or self._process.read(area + _RSEQ_CS_OFFSET, 8) == bytes(8)
 

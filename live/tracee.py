@@ -40,8 +40,8 @@ _SIGINFO_SIZE = 128
 _PEEKED = 32
 
 # Everything between stop and detachment counts in microseconds: buffers are made beforehand, registers read at once.
-_REGISTER_NAMES = tuple(name for name, _ in user_regs_struct._fields_)
-_REGISTERS = struct.Struct(f"<{len(_REGISTER_NAMES)}Q")
+REGISTER_NAMES = tuple(name for name, _ in user_regs_struct._fields_)
+_REGISTERS = struct.Struct(f"<{len(REGISTER_NAMES)}Q")
 _NEGATIVE = 1 << 63
 
 # include/linux/errno.h: what a stopped thread's rax shows of an interrupted system call that the kernel will restart.
@@ -73,6 +73,7 @@ _PEEK_SHARED = _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED)
 _SIGINFOS = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
 
 
+_SPIN_NS = 60_000
 _LATE_TIMEOUT = 0.2
 _ASKED_AT_ONCE = 8
 _late: list[Tracee] = []
@@ -171,11 +172,14 @@ class Tracee:
         Raises:
             ThreadGoneError, NoStopError.
         """
+        # A thread on another processor stops within a few microseconds; sleeping and waking would take ten times that.
+        spin_until = time.perf_counter_ns() + _SPIN_NS
         while not self.poll():
-            left = deadline_ns - time.perf_counter_ns()
-            if left <= 0:
+            now = time.perf_counter_ns()
+            if now >= deadline_ns:
                 raise NoStopError
-            wait_for_stops(left / 1e9)
+            if now > spin_until:
+                wait_for_stops((deadline_ns - now) / 1e9)
 
     def poll(self) -> bool:
         """Whether the thread has stopped, as far as can be told without waiting.
@@ -201,7 +205,7 @@ class Tracee:
         else:
             self._signal = os.WSTOPSIG(status)  # about to be delivered: handed on by detach()
         self._call(PTRACE_GETREGS, 0, ctypes.addressof(self._raw_registers))
-        self.registers = dict(zip(_REGISTER_NAMES, _REGISTERS.unpack(self._raw_registers), strict=True))
+        self.registers = dict(zip(REGISTER_NAMES, _REGISTERS.unpack(self._raw_registers), strict=True))
         return True
 
     @property

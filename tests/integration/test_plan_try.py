@@ -1,0 +1,151 @@
+"""From traffic to a tried plan, with no address found by hand: redis, nginx and lighttpd, all of them stripped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Dynacut
+from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError
+from .test_trace import Tracer, begin
+from .untouched import Snapshot
+
+
+def record(
+    dynacut: Dynacut, pid: int, log: Path, wanted: Callable[[], None], unwanted: Callable[[], None], *modules: str
+) -> None:
+    """Two phases: wanted requests, several passes of them; then the unwanted ones."""
+    chosen = [word for module in modules for word in ("--module", module)]
+    with Tracer("--pid", pid, "-o", log, "--phase-name", "warm", *chosen) as tracer:
+        tracer.await_line("armed")
+        wanted()
+        unwanted()
+        begin(dynacut, pid, "wanted", tracer)
+        for _ in range(4):
+            wanted()
+        begin(dynacut, pid, "unwanted", tracer)
+        unwanted()
+        unwanted()
+        begin(dynacut, pid, "end", tracer)
+        tracer.end()
+
+
+def logs(log: Path) -> tuple[str | Path, ...]:
+    stem = log.name.removesuffix(".drcov")
+    return (
+        "--wanted",
+        log.with_name(f"{stem}.wanted.drcov"),
+        "--unwanted",
+        log.with_name(f"{stem}.unwanted.drcov"),
+    )
+
+
+def test_redis_set(redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:
+    if shutil.which("redis-cli") is None:
+        pytest.skip("redis-cli is not installed (Debian: redis-tools)")
+    redis.command("SET", "key", "value")
+    before = Snapshot.of(redis.pid)
+
+    def wanted() -> None:
+        for line in [
+            "GET key",
+            "PING",
+            "LPUSH list a",
+            "INCR n",
+            "DEL x",
+            "NONSENSE",
+            "GET",
+            "APPEND s x",
+            "EXISTS key",
+            "MGET key n",
+            "EXPIRE s 100",
+            "TYPE key",
+            "STRLEN key",
+            "GETSET q 1",
+            "SETNX z 1",
+            "MSET a 1 b 2",
+            "INFO",
+            "TTL s",
+            "LRANGE list 0 -1",
+        ]:
+            redis.command(*line.split())
+
+    def unwanted() -> None:
+        redis.command("SET", "key", "value")
+
+    log, plan = tmp_path / "redis.drcov", tmp_path / "set.toml"
+    record(dynacut, redis.pid, log, wanted, unwanted)
+    cli = f"redis-cli -p {redis.port} -e"
+    report = dynacut.json(
+        "plan", *logs(log), "--name", "set", "-o", plan, "--try", "--pid", redis.pid,
+        "--probe-unwanted", f"{cli} set probe x", "--probe-wanted", f"{cli} get key",
+        "--probe-wanted", f"{cli} lpush list x", "--probe-wanted", f"{cli} incr n",
+    )  # fmt: skip
+    assert report["works"] is True
+    assert Snapshot.of(redis.pid) == before
+
+    dynacut.json("live", "--pid", redis.pid, "--plan", plan)
+    assert isinstance(redis.command("SET", "key", "other"), RedisError)
+    assert redis.command("GET", "key") == "value"
+    assert isinstance(redis.command("LPUSH", "list", "x"), int)
+    dynacut.json("live", "--pid", redis.pid, "--undo")
+    assert redis.command("SET", "key", "other") == "OK"
+
+
+def check_http(
+    server: HttpServer, dynacut: Dynacut, tmp_path: Path, method: str, traced: int, modules: list[str], *options: str
+) -> None:
+    """One method of a web server: traffic, plan, refusal by the server itself, undo."""
+
+    def wanted() -> None:
+        for request in ("GET /", "HEAD /", "GET /missing", "POST /", "OPTIONS /", "NONSENSE /"):
+            server.request(*request.split())
+        if method != "PUT":
+            server.request("PUT", "/w.txt", "w")
+        if method != "DELETE":
+            (server.docroot / "d.txt").write_text("d")
+            server.request("DELETE", "/d.txt")
+        server.request("PUT" if method != "PUT" else "DELETE", "/no/such/folder/x", "")
+
+    def unwanted() -> None:
+        if method == "DELETE":
+            (server.docroot / "u.txt").write_text("u")
+        assert server.request(method, "/u.txt", "u" if method == "PUT" else None)[0] in (200, 201, 204)
+
+    log, plan = tmp_path / "http.drcov", tmp_path / "method.toml"
+    record(dynacut, traced, log, wanted, unwanted, *modules)
+    url = f"http://127.0.0.1:{server.port}"
+    file = tmp_path / "file"
+    file.write_text("x")
+    probe = f"curl -sf -o /dev/null -T {file} {url}/p.txt"
+    if method == "DELETE":
+        probe = f"touch {server.docroot}/p.txt; curl -sf -o /dev/null -X DELETE {url}/p.txt"
+    report = dynacut.json(
+        "plan", *logs(log), "--name", "method", "-o", plan, "--try", *options, "--pid", server.pid,
+        "--probe-unwanted", probe, "--probe-wanted", f"curl -sf -o /dev/null {url}/",
+    )  # fmt: skip
+    assert report["works"] is True
+
+    dynacut.json("live", "--pid", server.pid, *options, "--plan", plan)
+    (server.docroot / "v.txt").write_text("v")
+    for _ in range(4):
+        assert server.request(method, "/v.txt", "v" if method == "PUT" else None)[0] >= 400
+    assert server.request("GET", "/")[::2] == (200, b"hello\n")
+    assert server.request("GET", "/missing")[0] == 404
+    dynacut.json("live", "--pid", server.pid, *options, "--undo")
+    assert server.request(method, "/v.txt", "v" if method == "PUT" else None)[0] in (200, 201, 204)
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_nginx(dynacut: Dynacut, tmp_path: Path, method: str) -> None:
+    with Nginx(workers=1) as nginx:
+        (worker,) = nginx.workers
+        check_http(nginx, dynacut, tmp_path, method, worker, [], "--tree")
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_lighttpd(lighttpd: Lighttpd, dynacut: Dynacut, tmp_path: Path, method: str) -> None:
+    check_http(lighttpd, dynacut, tmp_path, method, lighttpd.pid, ["lighttpd", "mod_webdav"])
