@@ -14,6 +14,23 @@ from .test_trace import Tracer, begin
 from .untouched import Snapshot
 
 
+REDIS_REQUESTS = (
+    *(
+        "GET key",
+        "PING",
+        "LPUSH list a",
+        "INCR n",
+        "DEL x",
+        "NONSENSE",
+        "GET",
+        "APPEND s x",
+        "EXISTS key",
+        "MGET key n",
+    ),
+    *("EXPIRE s 100", "TYPE key", "STRLEN key", "GETSET q 1", "SETNX z 1", "MSET a 1 b 2", "INFO", "TTL s"),
+)
+
+
 def record(
     dynacut: Dynacut, pid: int, log: Path, wanted: Callable[[], None], unwanted: Callable[[], None], *modules: str
 ) -> None:
@@ -50,27 +67,7 @@ def test_redis_set(redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:
     before = Snapshot.of(redis.pid)
 
     def wanted() -> None:
-        for line in [
-            "GET key",
-            "PING",
-            "LPUSH list a",
-            "INCR n",
-            "DEL x",
-            "NONSENSE",
-            "GET",
-            "APPEND s x",
-            "EXISTS key",
-            "MGET key n",
-            "EXPIRE s 100",
-            "TYPE key",
-            "STRLEN key",
-            "GETSET q 1",
-            "SETNX z 1",
-            "MSET a 1 b 2",
-            "INFO",
-            "TTL s",
-            "LRANGE list 0 -1",
-        ]:
+        for line in REDIS_REQUESTS:
             redis.command(*line.split())
 
     def unwanted() -> None:
