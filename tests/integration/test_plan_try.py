@@ -13,7 +13,6 @@ from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError
 from .test_trace import Tracer, begin
 from .untouched import Snapshot
 
-
 REDIS_REQUESTS = (
     *(
         "GET key",
