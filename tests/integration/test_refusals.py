@@ -17,13 +17,14 @@ import psutil  # noqa: F401
 import pytest
 
 from dynacut.live import admission
+from dynacut.live.patcher import locked
 from dynacut.live.proc import task_status, thread_ids
 from dynacut.live.tracee import Tracee
 
 from .conftest import Dynacut
 from .programs import Program, compile_program, feature
 from .servers import wait_until
-from .test_kill import bytes_at, start, symbol
+from .test_kill import bytes_at, run_json, start, symbol
 from .untouched import Snapshot
 
 Start = Callable[..., Program]
@@ -255,15 +256,9 @@ def test_a_name_that_several_processes_have(tmp_path: Path) -> None:
 
 def test_two_changes_at_once(program: Start) -> None:
     target = program("inside")
-    assert target.ask("enter 3") == "ok"
-    arguments = ("live", "--pid", target.pid, "--disable", "outer", "--on-hit", "return=-1", "--scope", "block")
-    first = start(*arguments, "--timeout", "20")
-    locks = Path("/proc/locks")
-    wait_until(lambda: f" {first.pid} " in locks.read_text(), "the first one holds the lock")
-    _refused("--pid", target.pid, *_DISABLE, says=f"another dynacut is changing process {target.pid}")
-    assert target.ask("leave") == "7"
-    assert first.result()[0] == 0
-    assert target.ask("outer 3") == "-1"
+    with locked(target.pid):
+        _refused("--pid", target.pid, *_DISABLE, says=f"another dynacut is changing process {target.pid}")
+    assert run_json("live", "--pid", target.pid, *_DISABLE)["changed"] is True
 
 
 # Which place

@@ -133,7 +133,7 @@ def test_options_that_contradict_each_other_are_exit_status_2(
 def test_a_plan_that_is_not_there_is_exit_status_1(tmp_path: Path, capsys: Capture) -> None:
     assert ends("live", "--pid", str(os.getpid()), "--plan", str(tmp_path / "none.toml")) == 1
     lines = errors(capsys)
-    assert len(lines) == 1 and "none.toml cannot be read: No such file" in lines[0]
+    assert len(lines) == 2 and "none.toml cannot be read: No such file" in lines[0]
 
 
 def test_each_problem_of_a_plan_is_a_line(tmp_path: Path, capsys: Capture) -> None:
@@ -143,7 +143,7 @@ def test_each_problem_of_a_plan_is_a_line(tmp_path: Path, capsys: Capture) -> No
     lines = errors(capsys)
     assert lines[0] == f"dynacut: {path}: not a plan"
     assert [line[:4] for line in lines[1:3]] == ["  - ", "  - "]
-    assert lines[3].startswith("dynacut: the guide")
+    assert lines[3].startswith("dynacut: plans are described")
 
 
 @pytest.mark.parametrize("pid", ["0", "-1", str(1 << 22), "9" * 30])
