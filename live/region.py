@@ -167,9 +167,9 @@ def read_table(process: Process, region: Region) -> Table:
 
 
 def choose_address(process: Process, layout: Layout) -> Region:
-    """A place for a new region: far below the libraries, where neither heap nor mappings grow to soon."""
+    """A place for a new region: below the libraries, at a distance that new mappings do not reach soon."""
     size = CODE_SIZE + layout.total_size
-    distance = 1 << 34
+    distance = 1 << 27  # near enough to share their page tables: one page to make instead of three
     mappings = process.mappings
     # The gap below the libraries is the largest one; the kernel places new mappings at its upper end, the heap grows
     # at its lower end.
@@ -181,7 +181,7 @@ def choose_address(process: Process, layout: Layout) -> Region:
     for length, start, end in sorted(gaps, reverse=True):
         if length < 4 * size:
             break
-        address = (end - min(distance, length // 2)) & ~0x1FFFFF
+        address = (end - min(max(distance, 2 * size), length // 2)) & ~0x1FFFFF
         if address > start and address + size < end:
             return Region(address, layout.size)
     raise DynacutError(f"{process.label} has no gap in its address space for the handler's table ({size} bytes)")

@@ -152,7 +152,7 @@ class Remote:
         # A rehearsal of what is done while a thread is stopped: the first write to a page copies it, and the first run
         # of code finds cold caches. Nobody is sent to the slot before it is written anew.
         for _ in range(2):
-            process.write(slot, stub.body() + restoring_tail(dict.fromkeys(REGISTER_NAMES, 0) | {"rax": 0}, 0))
+            process.write(slot, stub.body() + restoring_tail(dict.fromkeys(REGISTER_NAMES, 0), 0, 0))
         body = stub.body()
         while not self._try_shot(body, slot):
             if time.monotonic() > self.deadline:
@@ -193,7 +193,7 @@ class Remote:
 
     def _send(self, tracee: Tracee, body: bytes, slot: int) -> bool:
         resumption = tracee.resumption()
-        self._process.write(slot, body + restoring_tail(tracee.registers | {"rax": resumption.rax}, resumption.rip))
+        self._process.write(slot, body + restoring_tail(tracee.registers, resumption.rax, resumption.rip))
         tracee.go_to(slot)
         return True
 

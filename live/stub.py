@@ -43,9 +43,12 @@ _JMP_NEXT_QUAD = b"\xff\x25\x00\x00\x00\x00"
 _TAIL = struct.Struct("<" + len(_MOV_R64_IMM64) * "2sQ" + f"{len(_JMP_NEXT_QUAD)}sQ")
 
 
-def restoring_tail(registers: Mapping[str, int], resume_at: int) -> bytes:
-    """The end of a stub: the clobbered registers get their values back, then a jump to an address."""
-    values = (part for name, opcode in _MOV_R64_IMM64.items() for part in (opcode, registers[name]))
+def restoring_tail(registers: Mapping[str, int], rax: int, resume_at: int) -> bytes:
+    """The end of a stub: the clobbered registers get their values back, rax this one, then a jump to an address."""
+    values: list[bytes | int] = []
+    for name, opcode in _MOV_R64_IMM64.items():
+        values += (opcode, registers[name])
+    values[1] = rax  # the first of them
     return _TAIL.pack(*values, _JMP_NEXT_QUAD, resume_at)
 
 

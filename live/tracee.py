@@ -70,6 +70,7 @@ class _RseqConfiguration(ctypes.Structure):
 
 _PEEK_OWN = _PeekArguments(0, 0, _PEEKED)
 _PEEK_SHARED = _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED)
+_RSEQ = _RseqConfiguration()
 _SIGINFOS = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
 
 
@@ -235,7 +236,7 @@ class Tracee:
 
     def rseq_area(self) -> int:
         """The address of the thread's struct rseq (rseq(2)); 0 if it has none or the kernel does not tell."""
-        configuration = _RseqConfiguration()
+        configuration = _RSEQ
         try:
             self._call(PTRACE_GET_RSEQ_CONFIGURATION, ctypes.sizeof(configuration), ctypes.addressof(configuration))
         except OSError:

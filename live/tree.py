@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import psutil
-
 from dynacut.live.process import gone
 from dynacut.shared.errors import DynacutError
 
@@ -15,6 +13,8 @@ def descendants(pid: int) -> list[int]:
 
     A parent is patched before its children: what it forks from then on inherits the patch.
     """
+    import psutil  # takes 25 ms, which a command for one process need not spend
+
     try:
         root = psutil.Process(pid)
         children = root.children(recursive=True)
@@ -31,6 +31,8 @@ def by_name(name: str) -> int:
     Raises:
         DynacutError: there is none, or several that are not of one tree; they are listed.
     """
+    import psutil
+
     matches: dict[int, tuple[int, str]] = {}
     for process in psutil.process_iter():
         if process.pid == os.getpid():

@@ -86,7 +86,7 @@ def test_a_store_writes_eight_bytes() -> None:
 
 
 def test_the_tail_sets_each_clobbered_register_and_jumps() -> None:
-    tail = restoring_tail(VALUES, RESUME_AT)
+    tail = restoring_tail(VALUES, VALUES["rax"], RESUME_AT)
     assert tail[-8:] == struct.pack("<Q", RESUME_AT)
     assert text(tail[:-8]) == [
         *(f"movabs {name}, {value:#x}" for name, value in VALUES.items()),
@@ -96,13 +96,13 @@ def test_the_tail_sets_each_clobbered_register_and_jumps() -> None:
 
 def test_the_size_is_that_of_body_and_tail() -> None:
     stub = everything()
-    assert stub.size == len(stub.body()) + len(restoring_tail(VALUES, RESUME_AT))
-    assert Stub().size == len(restoring_tail(VALUES, RESUME_AT))
+    assert stub.size == len(stub.body()) + len(restoring_tail(VALUES, VALUES["rax"], RESUME_AT))
+    assert Stub().size == len(restoring_tail(VALUES, VALUES["rax"], RESUME_AT))
 
 
 def test_nothing_touches_the_stack_or_flags_but_syscall() -> None:
     stub = everything()
-    for instruction in decoded(stub.body() + restoring_tail(VALUES, RESUME_AT)[:-8]):
+    for instruction in decoded(stub.body() + restoring_tail(VALUES, VALUES["rax"], RESUME_AT)[:-8]):
         line = f"{instruction.mnemonic} {instruction.op_str}"
         read, written = (
             [instruction.reg_name(register) for register in registers] for registers in instruction.regs_access()
@@ -141,7 +141,7 @@ def run(executable: Path, stub: Stub, flags: int) -> dict[str, int]:
     symbols = subprocess.run(["nm", executable], check=True, capture_output=True, text=True).stdout
     resumed = next(int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith(" T resumed"))
     code = executable.parent / "stub.bin"
-    code.write_bytes(stub.body() + restoring_tail(VALUES, resumed))
+    code.write_bytes(stub.body() + restoring_tail(VALUES, VALUES["rax"], resumed))
     done = subprocess.run([executable, code, f"{flags:x}"], check=True, capture_output=True, text=True, timeout=10)
     return {name: int(value, 16) for name, value in (line.split() for line in done.stdout.splitlines())}
 
