@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -80,7 +81,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-class Server:
+class Server(ABC):
     """A server process with its directory: started by `with`, ended at its end.
 
     pid: the process started, for nginx the master. port: on 127.0.0.1. directory: its files, log and all.
@@ -153,13 +154,13 @@ class Server:
             time.sleep(0.002)
         return False
 
+    @abstractmethod
     def _prepare(self, program: Path) -> list[str]:
         """Writes the configuration for self.port; gives the command line."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_ready(self) -> bool:
         """Whether the server answers; OSError counts as no."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """Ends the server and what it has forked, and returns when /proc holds none of them any more."""
