@@ -8,9 +8,9 @@ from dynacut.handlers.table import TRACE_MAGIC
 from dynacut.live.masks import SIGTRAP_BIT, lasting_blockers
 from dynacut.live.proc import task_status
 from dynacut.live.process import Process
-from dynacut.live.region import find_region
 from dynacut.live.trace import armed_blocks
 from dynacut.shared.code import CodeOf
+from dynacut.shared.region import find_region
 from dynacut.shared.report import FeatureReport, Foreign, features_of, foreign_changes
 from dynacut.shared.target import Module
 

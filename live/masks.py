@@ -15,10 +15,11 @@ from dataclasses import replace
 from dynacut.handlers.table import KernelAction, Repair, RepairKind, Table
 from dynacut.live.proc import blocked_in, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
-from dynacut.live.region import Region, write_all
 from dynacut.live.remote import Remote, StopClock
+from dynacut.live.slots import write_all
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.region import Region
 from dynacut.shared.target import SIGTRAP
 
 SIGTRAP_BIT = 1 << (SIGTRAP - 1)

@@ -32,20 +32,13 @@ from dynacut.handlers.table import (
 from dynacut.live import masks
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
-from dynacut.live.region import (
-    Region,
-    find_region,
-    is_our_handler,
-    original_action,
-    read_table,
-    retire,
-    write_all,
-)
 from dynacut.live.remote import Remote, StopClock
+from dynacut.live.slots import retire, write_all
 from dynacut.live.tracee import each_stopped, prompt_stops
 from dynacut.live.window import NO_FRAMES, SignalFrames, write_in_window
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.region import Region, find_region, is_our_handler, original_action, read_table
 from dynacut.shared.target import SIGTRAP
 
 _INT3 = 0xCC

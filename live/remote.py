@@ -22,11 +22,12 @@ from dynacut.handlers.table import (
 )
 from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
-from dynacut.live.region import MAX_STUB_SIZE, Region, choose_address, take_slot
 from dynacut.live.slack import find_slack
+from dynacut.live.slots import MAX_STUB_SIZE, take_slot
 from dynacut.live.stub import Stub, restoring_tail
 from dynacut.live.tracee import REGISTER_NAMES, NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.region import Region, choose_address
 from dynacut.shared.target import SIGTRAP
 
 _SYS_MMAP = 9

@@ -17,7 +17,6 @@ from dynacut.handlers.table import TRACE_MAGIC, Action, TableSite
 from dynacut.live.patcher import Patcher
 from dynacut.live.proc import task_status
 from dynacut.live.process import Process
-from dynacut.live.region import FoundRegion, find_region, has_region
 from dynacut.live.remote import StopClock
 from dynacut.live.tree import descendants
 from dynacut.shared import resolve
@@ -25,6 +24,7 @@ from dynacut.shared.code import Code, CodeOf
 from dynacut.shared.coverage import Coverage, CoveredModule
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.region import FoundRegion, find_region, has_region
 from dynacut.shared.target import Module
 
 _FEATURE = "trace"

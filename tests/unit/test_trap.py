@@ -29,8 +29,8 @@ from dynacut.handlers.table import (
     TableSite,
     Write,
 )
-from dynacut.live.region import Region
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP
+from dynacut.shared.region import Region
 
 SOURCE = Path(__file__).parent / "programs" / "trapped.c"
 HANDLERS = Path(__file__).resolve().parents[2] / "handlers"
