@@ -35,10 +35,11 @@ from dynacut.live.process import Process, gone
 from dynacut.live.remote import Remote, StopClock
 from dynacut.live.slots import retire, write_all
 from dynacut.live.tracee import each_stopped, prompt_stops
-from dynacut.live.window import NO_FRAMES, SignalFrames, write_in_window
+from dynacut.live.window import write_in_window
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
-from dynacut.shared.region import Region, find_region, is_our_handler, original_action, read_table
+from dynacut.shared.region import Region, find_region, is_our_handler, new_table, original_action, read_table
 from dynacut.shared.target import SIGTRAP
 
 _INT3 = 0xCC
@@ -125,15 +126,7 @@ class Patcher:
         else:
             region = self._remote.map_region(layout, self.magic)
         process.write(region.code, handler_code())
-        fresh = Table.empty(layout, serial=old.serial + 1 if old else 1)
-        if old is not None:
-            # It takes over masks and sites that are in force, so it must know all that the old one knew.
-            fresh = replace(fresh, previous=old.previous, repairs=old.repairs)
-            write_all(process, region, [Write(PREVIOUS_OFFSET, old.previous.pack())])
-            write_all(process, region, fresh.repair_writes(old.repairs))
-        write_all(process, region, fresh.update(patches.features, patches.sites))
-        # With its version the table comes into force, complete.
-        write_all(process, region, [replace(fresh, generation=fresh.generation + 1).header()])
+        write_all(process, region, new_table(layout, old, patches.features, patches.sites))
         table = read_table(process, region)
         if old is None or found is None:
             return region, table, None

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from dynacut.live.proc import command_line, read_mappings, task_status
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.modules import called_name, modules_of
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 
 
@@ -55,9 +56,16 @@ class Process:
         try:
             self._mappings = read_mappings(self.pid)
             self._exe = str(Path(f"/proc/{self.pid}/exe").readlink()).removesuffix(" (deleted)")
+            called = called_name(command_line(self.pid))
         except (FileNotFoundError, ProcessLookupError):
             raise gone(self.pid) from None
-        self._modules = _modules(self.pid, self.name, self._exe, self._mappings)
+        self._modules = modules_of(
+            self._mappings,
+            self._exe,
+            [alias for alias in (called, self.name) if alias],
+            Path(f"/proc/{self.pid}/root"),
+            lambda mapping, path: _readable_file(self.pid, mapping, path),
+        )
 
     @property
     def label(self) -> str:
@@ -139,46 +147,6 @@ class Process:
 def gone(pid: int) -> DynacutError:
     """The error for a process that does not exist, or no longer does."""
     return DynacutError(f"there is no process {pid}", "`ps -e` lists the processes; a restarted server has a new pid")
-
-
-def _modules(pid: int, comm: str, exe: str, mappings: Sequence[Mapping]) -> tuple[Module, ...]:
-    by_path: dict[str, list[Mapping]] = {}
-    for mapping in mappings:
-        if mapping.is_file:
-            by_path.setdefault(mapping.path, []).append(mapping)
-    modules = []
-    for path, parts in by_path.items():
-        if not any(part.executable for part in parts):
-            continue
-        plain_path = path.removesuffix(" (deleted)")
-        is_executable = plain_path == exe
-        file_name = Path(plain_path).name
-        names = {file_name, file_name.split(".so", 1)[0] if ".so" in file_name else file_name}
-        name = file_name
-        if is_executable:
-            # Debian's redis-server is a link to redis-check-rdb: people know the process by how it was called.
-            arguments = command_line(pid)
-            called = Path(arguments[0].split()[0].rstrip(":")).name if arguments and arguments[0].split() else ""
-            names |= {part for part in (comm, called) if part}
-            name = next(
-                (alias for alias in (called, comm) if alias and (Path(plain_path).parent / alias).exists()),
-                name,
-            )
-        modules.append(
-            Module(
-                name=name,
-                names=frozenset(names),
-                path=plain_path,
-                file=_readable_file(pid, parts[0], plain_path),
-                root=Path(f"/proc/{pid}/root"),
-                base=parts[0].start - parts[0].file_offset,
-                end=parts[-1].end,
-                is_executable=is_executable,
-                mappings=tuple(parts),
-            )
-        )
-    modules.sort(key=lambda module: (not module.is_executable, module.base))
-    return tuple(modules)
 
 
 def _readable_file(pid: int, mapping: Mapping, path: str) -> Path:

@@ -141,8 +141,11 @@ class Remote:
                     status=ExitStatus.UNKNOWN,
                 )
             for number in batch:
-                output = process.read(_output(region, number, actions[number]), _ACTION_SIZE)
-                before[number] = KernelAction.unpack(output)
+                place = _output(region, number, actions[number])
+                before[number] = KernelAction.unpack(process.read(place, _ACTION_SIZE))
+                # Scratch is cleared: what stays is the table that the offline backend writes as well.
+                process.write(region.table + INPUT_OFFSET + (number - 1) * _ACTION_SIZE, bytes(_ACTION_SIZE))
+                process.write(region.table + OUTPUT_OFFSET + (number - 1) * _ACTION_SIZE, bytes(_ACTION_SIZE))
         return before
 
     def _shoot(self, stub: Stub, slot: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dynacut.handlers.blob import HANDLER_ENTRY, HANDLER_RESTORER
@@ -18,6 +18,8 @@ from dynacut.handlers.table import (
     Layout,
     Table,
     TableError,
+    TableSite,
+    Write,
 )
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import Mapping, Target
@@ -174,3 +176,22 @@ def choose_address(target: Target, layout: Layout) -> Region:
         if address > start and address + size < end:
             return Region(address, layout.size)
     raise DynacutError(f"{target.label} has no gap in its address space for the handler's table ({size} bytes)")
+
+
+def new_table(
+    layout: Layout, old: Table | None, features: Sequence[str], sites: Sequence[TableSite]
+) -> Iterator[Write]:
+    """The writes, in their order, that fill a new table behind its magic; with the last one it comes into force.
+
+    old: the table it takes over from. Its masks and sites are in force, so the new one must know all that it knew.
+
+    Raises:
+        TableFullError: features and sites do not fit.
+    """
+    fresh = Table.empty(layout, serial=old.serial + 1 if old else 1)
+    if old is not None:
+        fresh = replace(fresh, previous=old.previous, repairs=old.repairs)
+        yield Write(PREVIOUS_OFFSET, old.previous.pack())
+        yield from fresh.repair_writes(old.repairs)
+    yield from fresh.update(features, sites)
+    yield replace(fresh, generation=fresh.generation + 1).header()

@@ -1,0 +1,1 @@
+"""The offline backend: CRIU checkpoints, made, restored and rewritten."""

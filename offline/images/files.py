@@ -1,0 +1,165 @@
+"""Image files on disk: opened within one folder only, with every length checked.
+
+An image may come from elsewhere and be hostile: no link is followed but `parent`, which must stay beside or below the
+image; sizes are bounded; whatever does not fit is a DynacutError.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from dynacut.offline.images.schema import Message
+from dynacut.shared.errors import DynacutError
+
+IMAGE_MAGIC = 0x54564319
+"""Of every image file but the inventory, CRIU's include/magic.h: IMG_COMMON_MAGIC."""
+MAX_METADATA_SIZE = 256 << 20
+MAX_PARENTS = 64
+_WORD = struct.Struct("<I")
+_ADVICE = "check that the directory holds a complete image of `criu dump`, or make a new one by `dynacut checkpoint`"
+
+
+class ImageFolder:
+    """One directory of image files, held open. Use as a context manager or close() it.
+
+    above: the directories whose `parent` this is, to notice cycles.
+    """
+
+    def __init__(self, path: Path, above: Sequence[ImageFolder] = ()) -> None:
+        """Opens the directory.
+
+        Raises:
+            DynacutError: it is not there, or no directory.
+        """
+        self.path = path
+        self._above = above
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DynacutError(f"the image directory {path} cannot be opened: {reason}", _ADVICE) from None
+        status = os.fstat(self.descriptor)
+        self._identity = (status.st_dev, status.st_ino)
+
+    def close(self) -> None:
+        """Closes the directory."""
+        os.close(self.descriptor)
+
+    def names(self) -> list[str]:
+        """The names of all its entries, sorted."""
+        return sorted(os.listdir(self.descriptor))  # noqa: PTH208 - pathlib lists no descriptors
+
+    def open(self, name: str) -> int:
+        """Opens a regular file for reading; the caller closes it.
+
+        Raises:
+            DynacutError: it is missing, a link, or no regular file.
+        """
+        try:
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.descriptor)
+        except OSError as error:
+            raise self.broken(name, error.strerror or str(error)) from None
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise self.broken(name, "not a regular file")
+        return file
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of that name."""
+        try:
+            os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """The whole contents of a metadata file.
+
+        Raises:
+            DynacutError: it cannot be read, or is larger than any such file.
+        """
+        with os.fdopen(self.open(name), "rb") as file:
+            data = file.read(MAX_METADATA_SIZE + 1)
+        if len(data) > MAX_METADATA_SIZE:
+            raise self.broken(name, f"larger than {MAX_METADATA_SIZE >> 20} MiB")
+        return data
+
+    def messages(self, name: str, magic: int) -> Iterator[bytes]:
+        """The messages of an image file, not yet parsed.
+
+        Raises:
+            DynacutError: it is not an image file of this type, or cut off.
+        """
+        data = self.read(name)
+        if len(data) < 8 or struct.unpack_from("<II", data) != (IMAGE_MAGIC, magic):
+            raise self.broken(name, "its magic number is not that of such an image")
+        position, end = 8, len(data)
+        while position < end:
+            if position + 4 > end:
+                raise self.broken(name, "it is cut off")
+            (length,) = _WORD.unpack_from(data, position)
+            position += 4
+            if length > end - position:
+                raise self.broken(name, f"a message of {length} bytes at {position:#x} does not end in the file")
+            yield data[position : position + length]
+            position += length
+
+    def parse(self, name: str, magic: int, kind: Message) -> list[Message]:
+        """The messages of an image file, all of one kind."""
+        return [self.decode(name, kind, data) for data in self.messages(name, magic)]
+
+    def decode(self, name: str, kind: Message, data: bytes) -> Message:
+        """One message.
+
+        Raises:
+            DynacutError: the bytes are no such message.
+        """
+        try:
+            return kind.FromString(data)
+        except (DecodeError, ValueError):
+            raise self.broken(name, "a message in it cannot be decoded") from None
+
+    def parent(self) -> ImageFolder | None:
+        """The directory that pages marked as its parent's are in; None if there is none.
+
+        Raises:
+            DynacutError: the link leads to nowhere, out of the folder that the image lies in, or in a circle.
+        """
+        try:
+            status = os.stat("parent", dir_fd=self.descriptor, follow_symlinks=False)
+        except OSError:
+            return None
+        path = self.path / "parent"
+        if stat.S_ISLNK(status.st_mode):
+            target = Path(os.path.realpath(path))
+            home = Path(os.path.realpath(self.path)).parent
+            if not target.is_relative_to(home):
+                raise self.broken("parent", f"the link leads out of {home}")
+            path = target
+        elif not stat.S_ISDIR(status.st_mode):
+            raise self.broken("parent", "neither a directory nor a link to one")
+        chain = [*self._above, self]
+        folder = ImageFolder(path, chain)
+        if len(chain) > MAX_PARENTS or any(folder._identity == other._identity for other in chain):
+            folder.close()
+            raise self.broken("parent", "the chain of parents never ends")
+        return folder
+
+    def broken(self, name: str, problem: str) -> DynacutError:
+        """The error for a file of this directory."""
+        return DynacutError(f"{self.path / name}: {problem}", _ADVICE)
+
+
+def packed(magic: int, messages: Sequence[Message]) -> bytes:
+    """The contents of an image file with these messages."""
+    parts = [struct.pack("<II", IMAGE_MAGIC, magic)]
+    for message in messages:
+        data = message.SerializeToString()
+        parts += (_WORD.pack(len(data)), data)
+    return b"".join(parts)

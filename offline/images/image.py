@@ -1,0 +1,88 @@
+"""An image directory: the process tree that `criu dump` wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from dynacut.offline.images.files import ImageFolder
+from dynacut.offline.images.memory import ImageFile
+from dynacut.offline.images.process import ImageProcess
+from dynacut.offline.images.schema import FileEntry, PstreeEntry
+from dynacut.shared.errors import DynacutError
+
+_PSTREE_MAGIC, _FILES_MAGIC = 0x50273030, 0x56303138
+_MAX_PID = 1 << 22
+_MAX_TASKS = 1 << 16
+
+
+class Image:
+    """An image, opened: its processes, the root of the tree first. Use as a context manager or close() it."""
+
+    def __init__(self, path: Path, root: str = "") -> None:
+        """Opens and checks all of it but the pages themselves.
+
+        root: the folder that the paths of mapped files begin in, for an image of another machine or container.
+
+        Raises:
+            DynacutError: it is no image, or does not hold together.
+        """
+        self.folder = ImageFolder(path)
+        self.path = path
+        self.processes: list[ImageProcess] = []
+        try:
+            files = self._files()
+            for pid, tids in self._tree():
+                self.processes.append(ImageProcess(self.folder, pid, tids, files.get, root))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all files."""
+        for process in self.processes:
+            process.close()
+        self.folder.close()
+
+    def _files(self) -> dict[int, ImageFile]:
+        files = {}
+        for entry in self.folder.parse("files.img", _FILES_MAGIC, FileEntry):
+            if entry.HasField("reg"):
+                name = bytes(entry.reg.name)
+                if b"\0" in name:
+                    raise self.folder.broken("files.img", "a file's name has a null byte")
+                words = b"".join(int(word).to_bytes(4, "little") for word in entry.reg.build_id)
+                path = name.decode(errors="surrogateescape")
+                files[int(entry.id)] = ImageFile(path, int(entry.reg.size), words)
+        return files
+
+    def _tree(self) -> list[tuple[int, list[int]]]:
+        """The pid and the threads of every process that is alive."""
+        tree: list[tuple[int, list[int]]] = []
+        seen: set[int] = set()
+        for entry in self.folder.parse("pstree.img", _PSTREE_MAGIC, PstreeEntry):
+            pid, tids = int(entry.pid), [int(tid) for tid in entry.threads]
+            if tree and entry.ppid not in seen:
+                raise self.folder.broken(
+                    "pstree.img", f"process {pid} is the child of {entry.ppid}, which is not there"
+                )
+            if not all(0 < tid < _MAX_PID for tid in (pid, *tids)) or seen.intersection(tids) or pid in seen:
+                raise self.folder.broken("pstree.img", f"process {pid}: an id is not possible, or occurs twice")
+            if len(set(tids)) != len(tids) or (tids and pid not in tids):
+                raise self.folder.broken("pstree.img", f"process {pid}: its threads do not fit it")
+            seen |= {pid, *tids}
+            if len(seen) > _MAX_TASKS:
+                raise self.folder.broken("pstree.img", f"more than {_MAX_TASKS} tasks")
+            if tids:  # a zombie has none, and nothing to patch
+                tree.append((pid, tids))
+        if not tree:
+            raise DynacutError(f"{self.path / 'pstree.img'}: no process in it", "make a new image")
+        return tree

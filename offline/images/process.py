@@ -1,0 +1,258 @@
+"""One process of an image as a Target, to be looked at and changed in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynacut.handlers.table import KernelAction
+from dynacut.offline.images.files import ImageFolder, packed
+from dynacut.offline.images.memory import ImageFile, Memory, open_mapped, read_vma
+from dynacut.offline.images.pages import Pages
+from dynacut.offline.images.schema import CoreEntry, Message, MmEntry
+from dynacut.shared.elf import ElfFile
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.modules import called_name, modules_of
+from dynacut.shared.target import PAGE_SIZE, Mapping, Module
+
+CORE_MAGIC, MM_MAGIC = 0x55053847, 0x57492820
+_X86_64 = 1
+_MAX_ARGUMENTS = 1 << 16
+# The image has the actions of signals 1 to 64 but SIGKILL's and SIGSTOP's, which nobody can set.
+_SIGNALS = tuple(number for number in range(1, 65) if number not in (9, 19))
+
+
+@dataclass
+class Thread:
+    """One thread: its core message, the first of a process's also has what all threads share."""
+
+    tid: int
+    core: Message
+    changed: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """The image file it is in."""
+        return f"core-{self.tid}.img"
+
+    @property
+    def rip(self) -> int:
+        """The address of the next instruction."""
+        return int(self.core.thread_info.gpregs.ip)
+
+    @property
+    def rsp(self) -> int:
+        """The stack pointer."""
+        return int(self.core.thread_info.gpregs.sp)
+
+    @property
+    def blocked(self) -> int:
+        """The signals it blocks; bit N-1 for signal N."""
+        return int(self.core.thread_core.blk_sigset)
+
+    @blocked.setter
+    def blocked(self, mask: int) -> None:
+        self.core.thread_core.blk_sigset = mask
+        if self.core.HasField("tc"):
+            self.core.tc.blk_sigset = mask
+        self.changed = True
+
+
+class ImageProcess:
+    """A process in an image. Changes stay in memory; see layer.py for writing them."""
+
+    def __init__(
+        self, folder: ImageFolder, pid: int, tids: Sequence[int], files: Callable[[int], ImageFile | None], root: str
+    ) -> None:
+        """Reads everything but the pages themselves.
+
+        tids: the threads, the first one of the process's own id among them. files: the mapped file of an id. root: see
+        Memory.
+
+        Raises:
+            DynacutError: an image file is missing, malformed, or of another architecture.
+        """
+        self.pid = pid
+        self._folder = folder
+        self._root = root
+        self.threads = [Thread(tid, self._core(tid)) for tid in [pid, *(tid for tid in tids if tid != pid)]]
+        shared = self.threads[0].core
+        if not shared.HasField("tc"):
+            raise folder.broken(f"core-{pid}.img", "it lacks the task's part")
+        if len(shared.tc.sigactions) != len(_SIGNALS):
+            raise folder.broken(f"core-{pid}.img", f"{len(shared.tc.sigactions)} signal actions, not {len(_SIGNALS)}")
+        self.name = os.fsdecode(shared.tc.comm)
+        messages = folder.parse(self.mm_name, MM_MAGIC, MmEntry)
+        if len(messages) != 1:
+            raise folder.broken(self.mm_name, f"{len(messages)} messages instead of one")
+        self._mm = messages[0]
+        self.memory = self._read_memory(files)
+        try:
+            executable = files(int(self._mm.exe_file_id))
+            self._exe = executable.path if executable else ""
+            self._modules = self._find_modules()
+            self._check_pages()
+        except BaseException:
+            self.close()
+            raise
+
+    def _core(self, tid: int) -> Message:
+        name = f"core-{tid}.img"
+        messages = self._folder.parse(name, CORE_MAGIC, CoreEntry)
+        if len(messages) != 1:
+            raise self._folder.broken(name, f"{len(messages)} messages instead of one")
+        if messages[0].mtype != _X86_64 or not messages[0].HasField("thread_info"):
+            raise self._folder.broken(name, "not of an x86-64 thread")
+        return messages[0]
+
+    def _read_memory(self, files: Callable[[int], ImageFile | None]) -> Memory:
+        vmas = []
+        last = 0
+        for message in self._mm.vmas:
+            try:
+                vma = read_vma(message, files)
+            except ValueError as error:
+                raise self._folder.broken(self.mm_name, str(error)) from None
+            if vma.mapping.start < last:
+                raise self._folder.broken(self.mm_name, f"VMAs overlap or do not ascend at {vma.mapping.start:#x}")
+            last = vma.mapping.end
+            vmas.append(vma)
+        return Memory(self.label, vmas, Pages(self._folder, str(self.pid)), self._folder, self._root)
+
+    def _check_pages(self) -> None:
+        """Every page lies in a VMA that can have pages of its own; CRIU would fail half-way through otherwise."""
+        position, vmas = 0, self.memory.vmas
+        for extent in self.memory.pages.extents:
+            start = extent.start
+            while start < extent.end:
+                while position < len(vmas) and vmas[position].mapping.end <= start:
+                    position += 1
+                if position == len(vmas) or start < vmas[position].mapping.start:
+                    raise self._folder.broken(self.memory.pages.name, f"the page at {start:#x} lies in no VMA")
+                start = vmas[position].mapping.end
+
+    @property
+    def mm_name(self) -> str:
+        """The image file with the VMAs."""
+        return f"mm-{self.pid}.img"
+
+    def close(self) -> None:
+        """Closes all files."""
+        self.memory.close()
+
+    def _find_modules(self) -> tuple[Module, ...]:
+        aliases = [alias for alias in (called_name(self.arguments), self.name) if alias]
+        root = self._root or "/"
+        return modules_of(self.mappings, self._exe, aliases, Path(root), lambda _, path: Path(self._root + path))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The command line; empty where the image does not have it."""
+        start, end = int(self._mm.mm_arg_start), int(self._mm.mm_arg_end)
+        try:
+            data = self.memory.read(start, min(end - start, _MAX_ARGUMENTS))
+        except DynacutError:
+            return ()
+        return tuple(os.fsdecode(argument) for argument in data.split(b"\0")[:-1])
+
+    @property
+    def label(self) -> str:
+        """How to call the process in messages."""
+        return f"process {self.pid} ({self.name}) of the image"
+
+    @property
+    def exe(self) -> str:
+        """The path of the executable, as the process sees it."""
+        return self._exe
+
+    @property
+    def modules(self) -> Sequence[Module]:
+        """Every file mapped with code, the executable first."""
+        return self._modules
+
+    @property
+    def mappings(self) -> Sequence[Mapping]:
+        """Every VMA, ascending by address."""
+        return [vma.mapping for vma in self.memory.vmas]
+
+    @property
+    def has_shadow_stack(self) -> bool:
+        """Whether a thread uses a shadow stack."""
+        return self.memory.has_shadow_stack
+
+    def private_pages(self, mapping: Mapping) -> Sequence[int]:
+        """The addresses of the pages of a mapping that the image holds, or that were written to here."""
+        pages = {
+            page
+            for extent in self.memory.pages.within(mapping.start, mapping.end)
+            for page in range(extent.start, extent.end, PAGE_SIZE)
+        }
+        pages |= {page for page in self.memory.written if mapping.start <= page < mapping.end}
+        return sorted(pages)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Exactly size bytes; DynacutError if they are not all mapped."""
+        return self.memory.read(address, size)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Changes bytes; DynacutError if they are not all in private memory."""
+        self.memory.write(address, data)
+
+    def action(self, signal: int) -> KernelAction:
+        """What is done upon a signal, SIGKILL and SIGSTOP apart."""
+        entry = self._action_message(signal)
+        return KernelAction(int(entry.sigaction), int(entry.flags), int(entry.restorer), int(entry.mask))
+
+    def set_action(self, signal: int, action: KernelAction) -> None:
+        """Changes what is done upon a signal."""
+        entry = self._action_message(signal)
+        entry.sigaction, entry.flags, entry.restorer, entry.mask = (
+            action.handler,
+            action.flags,
+            action.restorer,
+            action.mask,
+        )
+        self.threads[0].changed = True
+
+    def _action_message(self, signal: int) -> Message:
+        return self.threads[0].core.tc.sigactions[_SIGNALS.index(signal)]
+
+    def caught_signals(self) -> list[int]:
+        """The signals that the process handles itself."""
+        return [number for number in _SIGNALS if self.action(number).handler > 1]
+
+    def check_file(self, address: int) -> None:
+        """Verifies that the file mapped at an address is the one that was mapped when the image was made.
+
+        Raises:
+            DynacutError: its build-id is another one.
+        """
+        vma = self.memory.vma_at(address)
+        if vma is None or vma.file is None:
+            return
+        path = self._root + vma.file.path
+        os.close(open_mapped(path, vma.file))
+        build_id = ElfFile.open(Path(path)).build_id or ""
+        recorded = vma.file.build_id.hex()
+        # CRIU pads it to words of four bytes.
+        if recorded and recorded.removesuffix("00" * 3)[: len(build_id)] != build_id[: len(recorded)]:
+            raise DynacutError(
+                f"{path} has build-id {build_id or 'none'}, the image was made with {recorded}",
+                "restore the program's version, or give the folder that has it by --root",
+            )
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything differs from the image."""
+        return bool(self.memory.written) or self.memory.vmas_changed or any(thread.changed for thread in self.threads)
+
+    def changed_files(self) -> dict[str, bytes]:
+        """The image files that differ, pages and pagemap apart: name and contents."""
+        files = {thread.file_name: packed(CORE_MAGIC, [thread.core]) for thread in self.threads if thread.changed}
+        if self.memory.vmas_changed:
+            del self._mm.vmas[:]
+            self._mm.vmas.extend(vma.message for vma in self.memory.vmas)
+            files[self.mm_name] = packed(MM_MAGIC, [self._mm])
+        return files

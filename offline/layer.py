@@ -1,0 +1,294 @@
+"""A changed image written to a new directory: as a copy-on-write layer over the original, or as a flat copy.
+
+A layer is complete in itself and costs as much as what changed. Unchanged files are hard links, also the pages file, so
+it restores, and can be moved within its file system, without the original. CRIU's incremental images provide the rest:
+a page marked as the parent's is looked for in the directory `parent`.
+
+    OUT/                 pagemap of the original, written pages marked as the parent's; its pages file, linked
+    OUT/parent/          pagemap and pages of what was written
+
+Pages that the image itself holds lie amid its pages file, which the entries of a pagemap follow without a gap. Where
+such a page is written or taken away, it is the other way round: the written pages in OUT, the original in OUT/parent.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dynacut.offline.images.files import ImageFolder
+from dynacut.offline.images.image import Image
+from dynacut.offline.images.pages import PARENT, PRESENT, Extent
+from dynacut.offline.images.process import ImageProcess
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.target import PAGE_SIZE
+
+_PARENT = "parent"
+
+
+@dataclass
+class Written:
+    """What was written. bytes_written: of new files, hard links apart; is_layer: False for a flat copy."""
+
+    path: Path
+    is_layer: bool
+    bytes_written: int = 0
+    files: list[str] = field(default_factory=list)
+    """The image files that differ from the original's."""
+
+
+def write_image(image: Image, output: Path, *, flat: bool, extra: dict[str, bytes]) -> Written:
+    """Writes a changed image to a directory that does not exist yet, or is empty. It appears complete or not at all.
+
+    extra: further files, by name. A layer needs hard links; where the file system has none, or another one is written
+    to, the copy is flat.
+
+    Raises:
+        DynacutError: the directory is not free, or cannot be written; nothing is left of it.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DynacutError(f"{output} exists already", "give a new directory by -o OUT_DIR")
+    partial = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        written = Written(output, not flat and _can_link(image, partial))
+        writer = _LayerWriter(image, partial, written) if written.is_layer else _FlatWriter(image, partial, written)
+        writer.write()
+        for name, data in extra.items():
+            writer.put(Path(name), data)
+        partial.rename(output)
+    except OSError as error:
+        raise DynacutError(f"{output} cannot be written: {error.strerror}", "give another directory by -o") from None
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial)
+    return written
+
+
+def _can_link(image: Image, directory: Path) -> bool:
+    """Whether files of the image can be hard-linked into a directory."""
+    name = "pstree.img"
+    try:
+        os.link(name, directory / name, src_dir_fd=image.folder.descriptor, follow_symlinks=False)
+    except OSError:
+        return False
+    (directory / name).unlink()
+    return True
+
+
+class _Writer:
+    """What both ways have in common."""
+
+    def __init__(self, image: Image, directory: Path, written: Written) -> None:
+        self._image = image
+        self._directory = directory
+        self._written = written
+        self._changed = [process for process in image.processes if process.changed]
+        self._new: dict[str, bytes] = {}
+        for process in self._changed:
+            self._new |= process.changed_files()
+
+    def write(self) -> None:
+        """Writes everything."""
+        raise NotImplementedError
+
+    def put(self, name: Path, data: bytes) -> None:
+        """Writes one new file."""
+        path = self._directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        self._written.bytes_written += len(data)
+        self._written.files.append(str(name))
+
+    def _repaged(self) -> list[ImageProcess]:
+        """The processes whose pages have changed."""
+        return [process for process in self._changed if process.memory.written or process.memory.vmas_changed]
+
+
+class _LayerWriter(_Writer):
+    """Links what is unchanged."""
+
+    def write(self) -> None:
+        """Writes the layer."""
+        replaced = set(self._new)
+        repaged = self._repaged()
+        has_parent = self._image.folder.parent()
+        for process in repaged:
+            pages = process.memory.pages
+            replaced.add(pages.name)
+            if _touches_held_pages(process):
+                replaced.add(pages.pages_name)
+        self._link_all(self._image.folder, Path(), replaced)
+        for name, data in self._new.items():
+            self.put(Path(name), data)
+        if has_parent is not None:
+            # The parent's files serve the processes that stay as they are; what they have from their own parent is
+            # found one level deeper, as before.
+            ours = {name for process in repaged for name in (process.memory.pages.name,)}
+            self._link_all(has_parent, Path(_PARENT), ours | {process.memory.pages.pages_name for process in repaged})
+            self._link_chain(has_parent, Path(_PARENT, _PARENT))
+            has_parent.close()
+        for process in repaged:
+            if _touches_held_pages(process):
+                self._write_over(process)
+            else:
+                self._write_under(process)
+
+    def _write_under(self, process: ImageProcess) -> None:
+        """The image's own pages stay on top; the written ones come from below."""
+        pages, written = process.memory.pages, process.memory.written
+        own = list(_without(process.memory.extents(), written))
+        below = [Extent(start, end, -1, PARENT) for start, end in _runs(written)]
+        self.put(Path(pages.name), pages.with_extents(sorted([*own, *below], key=_start)))
+        if not written and not any(extent.in_parent for extent in own):
+            return
+        # A page of the original's parent is found one level deeper.
+        deeper = [extent for extent in own if extent.in_parent]
+        self._put_pages(process, deeper, Path(_PARENT))
+
+    def _write_over(self, process: ImageProcess) -> None:
+        """The written pages come on top; all others from the original, below."""
+        folder, pages = self._image.folder, process.memory.pages
+        kept = _without(process.memory.extents(), process.memory.written)
+        below = [Extent(extent.start, extent.end, -1, PARENT) for extent in kept]
+        self._put_pages(process, below, Path())
+        for name in (pages.name, pages.pages_name):
+            self._link(folder, name, Path(_PARENT, name))
+
+    def _put_pages(self, process: ImageProcess, others: list[Extent], where: Path) -> None:
+        """A pagemap with the written pages and others that are a parent's, and the pages file."""
+        pages, written = process.memory.pages, process.memory.written
+        extents = list(others)
+        offset = 0
+        for start, end in _runs(written):
+            extents.append(Extent(start, end, offset, PRESENT))
+            offset += end - start
+        self.put(where / pages.name, pages.with_extents(sorted(extents, key=_start)))
+        self.put(where / pages.pages_name, b"".join(written[page] for page in sorted(written)))
+
+    def _link_all(self, folder: ImageFolder, where: Path, replaced: set[str]) -> None:
+        """Links the regular files of a directory, but for those that are replaced."""
+        for entry in os.scandir(folder.descriptor):
+            if entry.name not in replaced and entry.is_file(follow_symlinks=False):
+                self._link(folder, entry.name, where / entry.name)
+
+    def _link_chain(self, folder: ImageFolder, where: Path) -> None:
+        """Links a directory's parents, each as a directory below the other."""
+        parent = folder.parent()
+        if parent is not None:
+            self._link_all(parent, where, set())
+            self._link_chain(parent, where / _PARENT)
+            parent.close()
+
+    def _link(self, folder: ImageFolder, name: str, where: Path) -> None:
+        path = self._directory / where
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(name, path, src_dir_fd=folder.descriptor, follow_symlinks=False)
+
+
+class _FlatWriter(_Writer):
+    """Copies everything into one directory without a parent."""
+
+    def write(self) -> None:
+        """Writes the copy."""
+        folder = self._image.folder
+        paged = {process.memory.pages.name: process for process in self._image.processes}
+        done: set[str] = {_PARENT}
+        for process in paged.values():
+            if process in self._changed or any(extent.in_parent for extent in process.memory.pages.extents):
+                self._write_pages(process)
+                done |= {process.memory.pages.name, process.memory.pages.pages_name}
+        for name, data in self._new.items():
+            self.put(Path(name), data)
+            done.add(name)
+        for entry in os.scandir(folder.descriptor):
+            if entry.name in done or not entry.is_file(follow_symlinks=False):
+                continue
+            source = folder.open(entry.name)
+            try:
+                self._copy(source, Path(entry.name))
+            finally:
+                os.close(source)
+
+    def _copy(self, source: int, name: Path) -> None:
+        output = os.open(self._directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            while count := os.copy_file_range(source, output, 1 << 30):
+                self._written.bytes_written += count
+        finally:
+            os.close(output)
+
+    def _write_pages(self, process: ImageProcess) -> None:
+        pages, written = process.memory.pages, process.memory.written
+        kept = list(_without(process.memory.extents(), written))
+        new = [Extent(start, end, -1, PRESENT) for start, end in _runs(written)]
+        extents = []
+        output = os.open(self._directory / pages.pages_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            offset = 0
+            for extent in sorted([*kept, *new], key=_start):
+                if extent.start in written:
+                    pieces = [written[page] for page in range(extent.start, extent.end, PAGE_SIZE)]
+                    os.write(output, b"".join(pieces))
+                else:
+                    pages.copy_to(output, extent)
+                flags = extent.flags & ~PARENT | PRESENT
+                extents.append(Extent(extent.start, extent.end, offset, flags))
+                offset += extent.end - extent.start
+        finally:
+            os.close(output)
+        self._written.bytes_written += offset
+        self._written.files.append(pages.pages_name)
+        self.put(Path(pages.name), pages.with_extents(extents))
+
+
+def _touches_held_pages(process: ImageProcess) -> bool:
+    """Whether a page that the image's own pages file holds was written or taken away."""
+    memory = process.memory
+    for start, end in _runs(memory.written):
+        if any(not extent.in_parent for extent in memory.pages.within(start, end)):
+            return True
+    if not memory.vmas_changed:
+        return False
+    kept = sum(extent.end - extent.start for extent in memory.extents() if not extent.in_parent)
+    return kept != memory.pages.size
+
+
+def _start(extent: Extent) -> int:
+    return extent.start
+
+
+def _runs(pages: dict[int, bytes]) -> Iterator[tuple[int, int]]:
+    """The consecutive runs of pages, by first address and end."""
+    start = end = -1
+    for page in sorted(pages):
+        if page != end:
+            if end >= 0:
+                yield start, end
+            start = page
+        end = page + PAGE_SIZE
+    if end >= 0:
+        yield start, end
+
+
+def _without(extents: Iterator[Extent], pages: dict[int, bytes]) -> Iterator[Extent]:
+    """The extents but for some pages."""
+    runs = list(_runs(pages))
+    position = 0
+    for extent in extents:
+        start = extent.start
+        while position < len(runs) and runs[position][1] <= start:
+            position += 1
+        index = position
+        while index < len(runs) and runs[index][0] < extent.end:
+            if start < runs[index][0]:
+                yield extent.part(start, runs[index][0])
+            start = max(start, runs[index][1])
+            index += 1
+        if start < extent.end:
+            yield extent.part(start, extent.end)

@@ -1,0 +1,60 @@
+"""From the VMAs of a target to its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dynacut.shared.target import Mapping, Module
+
+
+def modules_of(
+    mappings: Sequence[Mapping],
+    exe: str,
+    aliases: Sequence[str],
+    root: Path,
+    file_of: Callable[[Mapping, str], Path],
+) -> tuple[Module, ...]:
+    """Every ELF file that is mapped with code, the executable first.
+
+    exe: the path of the executable. aliases: what it was called by, argv[0] before comm; one that exists beside the
+    executable names it: Debian's redis-server is a link to redis-check-rdb. root: the root of the target's file system.
+    file_of: where the file of a mapping, with its path, can be read.
+    """
+    by_path: dict[str, list[Mapping]] = {}
+    for mapping in mappings:
+        if mapping.is_file:
+            by_path.setdefault(mapping.path, []).append(mapping)
+    modules = []
+    for path, parts in by_path.items():
+        if not any(part.executable for part in parts):
+            continue
+        plain_path = path.removesuffix(" (deleted)")
+        is_executable = plain_path == exe
+        file_name = Path(plain_path).name
+        names = {file_name, file_name.split(".so", 1)[0] if ".so" in file_name else file_name}
+        name = file_name
+        if is_executable:
+            names |= set(aliases)
+            name = next((alias for alias in aliases if (Path(plain_path).parent / alias).exists()), name)
+        modules.append(
+            Module(
+                name=name,
+                names=frozenset(names),
+                path=plain_path,
+                file=file_of(parts[0], plain_path),
+                root=root,
+                base=parts[0].start - parts[0].file_offset,
+                end=parts[-1].end,
+                is_executable=is_executable,
+                mappings=tuple(parts),
+            )
+        )
+    modules.sort(key=lambda module: (not module.is_executable, module.base))
+    return tuple(modules)
+
+
+def called_name(arguments: Sequence[str]) -> str:
+    """The file name in argv[0], without what a program has appended to it (``nginx: worker process``)."""
+    words = arguments[0].split() if arguments else []
+    return Path(words[0].rstrip(":")).name if words else ""

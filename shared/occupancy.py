@@ -1,0 +1,109 @@
+"""Whether a thread is amid bytes that are to change, or will return there: what must be known before they do."""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dynacut.shared.patch_set import ByteEdit
+from dynacut.shared.target import Target
+
+_INT3 = 0xCC
+# struct rt_sigframe (arch/x86/include/asm/sigframe.h): the trampoline's address, then the ucontext, whose registers
+# begin at byte 40; rsp is the 16th of them, rip the 17th.
+_FRAME_RSP = 8 + 40 + 15 * 8
+_FRAME_RIP = _FRAME_RSP + 8
+
+
+@dataclass(frozen=True)
+class SignalFrames:
+    """How signal frames are recognised on a stack: by the trampoline that their handler returns by."""
+
+    restorers: frozenset[int]
+    """Of the program's own handlers."""
+    own: int
+    """Of dynacut's handler. A thread in there has hit an int3; it goes on elsewhere than its frame says."""
+
+
+NO_FRAMES = SignalFrames(frozenset(), 0)
+
+
+class Occupancy:
+    """The places that no thread may be at, or return to: behind the first byte of each edit."""
+
+    def __init__(self, edits: Sequence[ByteEdit], frames: SignalFrames) -> None:
+        self._frames = frames
+        # Where int3 bytes go away nobody is inside: who has hit one is in the handler, and goes on at the old bytes.
+        ranges = sorted(
+            (edit.address + 1, edit.end)
+            for edit in edits
+            if len(edit.old) > 1 and not (edit.old[0] == _INT3 and edit.new[0] != _INT3)
+        )
+        self._starts = [start for start, _ in ranges]
+        self._ends = [end for _, end in ranges]
+        # Memory is searched for the upper five bytes of the addresses at the speed of memchr; few patterns suffice.
+        self._patterns = {struct.pack("<Q", address >> 24)[:5] for start, end in ranges for address in (start, end - 1)}
+
+    @property
+    def is_free(self) -> bool:
+        """Whether there is no such place: every edit is of one byte, or takes int3 bytes away."""
+        return not self._starts
+
+    def contains(self, address: int) -> bool:
+        """Whether an address is one of the places."""
+        return self._index(address) is not None
+
+    def is_behind_first(self, address: int) -> bool:
+        """Whether an address is right behind the first byte of an edit, where a thread is that has hit an int3."""
+        index = self._index(address)
+        return index is not None and address == self._starts[index]
+
+    def _index(self, address: int) -> int | None:
+        index = bisect_right(self._starts, address) - 1
+        return index if index >= 0 and address < self._ends[index] else None
+
+    def on_stacks(self, target: Target, stack_pointer: int) -> int | None:
+        """An aligned word of the thread's stacks that points amid an edit: a return address, or what looks like one.
+
+        Stacks: the present one, and those that a signal handler on an alternate stack has interrupted. The stack
+        pointer itself if it points to no mapping known of: then there is no telling.
+        """
+        scanned: set[int] = set()
+        pending = [stack_pointer]
+        while pending:
+            pointer = pending.pop()
+            mapping = next((part for part in target.mappings if part.start <= pointer < part.end), None)
+            if mapping is None:
+                if not scanned:
+                    return pointer
+                continue
+            if mapping.start in scanned:
+                continue
+            scanned.add(mapping.start)
+            first = pointer & ~7
+            stack = target.read(first, mapping.end - first)
+            passing: set[int] = set()
+            for restorer in (*self._frames.restorers, self._frames.own):
+                for position in _aligned(stack, struct.pack("<Q", restorer), 0):
+                    if position + _FRAME_RIP + 8 > len(stack):
+                        continue
+                    pending.append(struct.unpack_from("<Q", stack, position + _FRAME_RSP)[0])
+                    if restorer == self._frames.own:
+                        passing.add(position + _FRAME_RIP)
+            for pattern in self._patterns:
+                for position in _aligned(stack, pattern, 3):
+                    (word,) = struct.unpack_from("<Q", stack, position)
+                    if self._index(word) is not None and position not in passing:
+                        return int(word)
+        return None
+
+
+def _aligned(stack: bytes, pattern: bytes, shift: int) -> Iterator[int]:
+    """The positions of aligned words of which a pattern is the part from byte `shift` on."""
+    position = stack.find(pattern)
+    while position >= 0:
+        if position % 8 == shift:
+            yield position - shift
+        position = stack.find(pattern, position + 1)
