@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from dynacut.cli import show
 from dynacut.cli.console import print_json, warn
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.report import SCHEMA
@@ -35,6 +36,7 @@ EPILOG = """examples:
   dynacut trace --pid 4711 --phase unwanted                        in another terminal: the next phase begins
   dynacut trace -o nginx.drcov --ready-port 80 --for 60 -- nginx -g 'daemon off;'
   dynacut trace --subtract unwanted.drcov wanted.drcov -o set.drcov
+  dynacut trace --show redis.start.drcov redis.wanted.drcov --html redis.html
 """
 _TICK = 0.2
 
@@ -45,7 +47,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="the log; with phases: FILE.PHASE.drcov")
     what = parser.add_argument_group("what to trace")
     what.add_argument("--module", action="append", default=[], metavar="M", help="this one (default: the executable)")
-    what.add_argument("--all-modules", action="store_true", help="every module with code")
+    what.add_argument("--all-modules", action="store_true", help="every module, but those that block signals")
+    what.add_argument("--tree", action="store_true", help="also the descendants that run already, such as workers")
     end = parser.add_argument_group("when to end (default: Ctrl-C)")
     end.add_argument("--for", dest="seconds", type=float, metavar="S", help="after S seconds")
     end.add_argument("--until-exit", action="store_true", help="when the process ends")
@@ -59,6 +62,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     sets.add_argument("--merge", nargs="+", type=Path, metavar="F", help="what any of them has")
     sets.add_argument("--intersect", nargs="+", type=Path, metavar="F", help="what all of them have")
     sets.add_argument("--subtract", nargs="+", type=Path, metavar="F", help="what the first has and no other")
+    show.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -66,11 +70,17 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
-    """Traces, names a phase, or combines logs."""
+    """Traces, names a phase, combines logs, or draws them."""
     sets = [name for name in ("merge", "intersect", "subtract") if getattr(arguments, name)]
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-    if len(sets) + (arguments.pid is not None) + bool(command) != 1:
-        raise _usage("give one of --pid, -- CMD, --merge, --intersect, --subtract")
+    if len(sets) + (arguments.pid is not None) + bool(command) + bool(arguments.show) != 1:
+        raise _usage("give one of --pid, -- CMD, --merge, --intersect, --subtract, --show")
+    if arguments.html and not arguments.show:
+        raise _usage("--html needs --show")
+    if arguments.show:
+        if arguments.output:
+            raise _usage("--show writes no log; --html FILE writes the picture")
+        return show.run(arguments)
     if arguments.phase:
         from dynacut.live.phases import begin_phase
 
@@ -131,6 +141,7 @@ class _Session:
         from dynacut.live.process import Process
         from dynacut.live.spawn import HeldProgram
         from dynacut.live.trace import Trace
+        from dynacut.live.trace_tree import TreeTrace
 
         with ExitStack() as stack:
             held = stack.enter_context(HeldProgram(self._command)) if self._command else None
@@ -140,7 +151,9 @@ class _Session:
             process = stack.enter_context(Process(pid))
             if held:
                 held.await_entry(process, timeout=10.0)
-            trace = Trace(process, self._modules(process))
+            modules = self._modules(process)
+            tree = self._arguments.tree
+            trace = stack.enter_context(TreeTrace(process, modules)) if tree else Trace(process, modules)
             listener = stack.enter_context(PhaseListener(pid))
             self._arm(trace, held, process)
             # In the background of a script SIGINT is ignored from the start; and SIGTERM must not leave blocks armed.
@@ -160,6 +173,12 @@ class _Session:
     def _modules(self, process: Process) -> list[Module]:
         modules = list(process.modules)
         if self._arguments.all_modules:
+            from dynacut.live.traceable import without_untraceable
+
+            modules, left_out = without_untraceable(process, modules)
+            if left_out:
+                names = ", ".join(module.name for module in left_out)
+                warn(f"not traced, as code in there runs while signals are blocked: {names}")
             return modules
         if not self._arguments.module:
             return modules[:1]
