@@ -6,10 +6,11 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.console import print_json, print_table, warn
+from dynacut.cli.console import print_json, warn
+from dynacut.cli.shown import inspected_document, print_features, print_modules, processes_document
 from dynacut.cli.what import Request, add_options
-from dynacut.shared.errors import ExitStatus, printable
-from dynacut.shared.report import SCHEMA
+from dynacut.shared.errors import ExitStatus
+from dynacut.shared.report import SCHEMA, merged_features
 
 if TYPE_CHECKING:
     from dynacut.live.change import Outcome
@@ -63,8 +64,8 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         if request.changes:
             _print_change(outcome, arguments, wall_ms)
         else:
-            _print_modules(outcome)
-        _print_features(outcome, arguments)
+            print_modules(outcome.processes)
+        print_features(outcome.processes, with_sites=arguments.verbose > 0)
     return ExitStatus.DONE
 
 
@@ -73,7 +74,7 @@ def _document(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "target": {"pid": root.pid, "exe": root.exe},
-        "features": _merged(outcome, with_sites=arguments.verbose > 0),
+        "features": merged_features(outcome.processes, with_sites=arguments.verbose > 0),
         "changed": outcome.changed,
         "stopped_us": round(outcome.clock.total_ns / 1000, 1),
         "longest_stop_us": round(outcome.clock.longest_ns / 1000, 1),
@@ -82,46 +83,8 @@ def _document(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -
     if arguments.dry_run:
         document["edits"] = outcome.edits
     if arguments.tree:
-        document["processes"] = [
-            {
-                "pid": process.pid,
-                "exe": process.exe,
-                "features": [feature.as_json(with_sites=False) for feature in process.features],
-            }
-            for process in outcome.processes
-        ]
-    document["modules"] = [
-        {"name": module.name, "path": module.path, "base": f"{module.base:#x}"} for module in root.modules
-    ]
-    document["foreign"] = [
-        {
-            "pid": process.pid,
-            "at": foreign.at,
-            "size": foreign.size,
-            "found": foreign.found.hex(" "),
-            "original": foreign.original.hex(" "),
-        }
-        for process in outcome.processes
-        for foreign in process.foreign
-    ]
-    document["warnings"] = [warning for process in outcome.processes for warning in process.warnings]
-    return document
-
-
-def _merged(outcome: Outcome, *, with_sites: bool) -> list[dict[str, Any]]:
-    """The features of all processes: hits added up; disabled if they are in any process."""
-    merged: dict[str, dict[str, Any]] = {}
-    for process in outcome.processes:
-        for feature in process.features:
-            entry = merged.get(feature.name)
-            if entry is None:
-                merged[feature.name] = feature.as_json(with_sites=with_sites)
-                continue
-            entry["hits"] += feature.hits
-            if feature.state == "disabled":
-                entry["state"] = feature.state
-                entry["patched"] = max(entry["patched"], feature.patched)
-    return list(merged.values())
+        document["processes"] = processes_document(outcome.processes)
+    return document | inspected_document(outcome.processes)
 
 
 def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -> None:
@@ -142,41 +105,3 @@ def _stops(outcome: Outcome) -> str:
         return "without a stop"
     times = f"{stops.stops} stop{'' if stops.stops == 1 else 's'} of a thread"
     return f"with {times}, {stops.total_ns / 1000:.0f} µs in all, the longest {stops.longest_ns / 1000:.0f} µs"
-
-
-def _print_modules(outcome: Outcome) -> None:
-    root = outcome.processes[0]
-    print(f"process {root.pid}: {printable(root.exe)}")
-    rows = [[module.name, f"{module.base:#x}", f"{module.end - module.base:,}", module.path] for module in root.modules]
-    print_table("modules", ["module", "base", "bytes", "path"], rows, right=frozenset({2}))
-    foreign = [
-        [str(process.pid), each.at, str(each.size), each.original[:8].hex(" "), each.found[:8].hex(" ")]
-        for process in outcome.processes
-        for each in process.foreign
-    ]
-    if foreign:
-        columns = ["pid", "at", "bytes", "in the file", "in memory"]
-        print_table("patched by somebody else", columns, foreign, right=frozenset({0, 2}))
-
-
-def _print_features(outcome: Outcome, arguments: argparse.Namespace) -> None:
-    several = len(outcome.processes) > 1
-    rows = []
-    sites = []
-    for process in outcome.processes:
-        pid = [str(process.pid)] if several else []
-        for feature in process.features:
-            patched = f"{feature.patched}/{len(feature.sites)}"
-            rows.append([*pid, feature.name, feature.state, patched, str(feature.hits)])
-            for site in feature.sites:
-                state = "patched" if site.patched else "original"
-                cells = [feature.name, site.at, str(site.length), site.on_hit, state, str(site.hits)]
-                sites.append([*pid, *cells])
-    if not rows:
-        print("no features")
-        return
-    first = ["pid"] if several else []
-    print_table("features", [*first, "feature", "state", "sites", "hits"], rows, right=frozenset({len(first) + 3}))
-    if arguments.verbose:
-        columns = [*first, "feature", "site", "bytes", "on hit", "text", "hits"]
-        print_table("sites", columns, sites, right=frozenset({len(first) + 2, len(first) + 5}))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dynacut.handlers.table import Table
 from dynacut.live.admission import admit
-from dynacut.live.inspect import Inspection, inspect
+from dynacut.live.inspect import inspect
 from dynacut.live.patcher import Patcher, locked
 from dynacut.live.process import Process
 from dynacut.live.remote import StopClock
@@ -16,6 +16,7 @@ from dynacut.live.trace import stop_trace
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import PatchSet
+from dynacut.shared.report import Inspection
 from dynacut.shared.target import Target
 
 Resolve = Callable[[Target, Table | None], PatchSet]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dynacut.handlers.table import TRACE_MAGIC
 from dynacut.live.masks import SIGTRAP_BIT, lasting_blockers
 from dynacut.live.proc import task_status
@@ -11,20 +9,7 @@ from dynacut.live.process import Process
 from dynacut.live.trace import armed_blocks
 from dynacut.shared.code import CodeOf
 from dynacut.shared.region import find_region
-from dynacut.shared.report import FeatureReport, Foreign, features_of, foreign_changes
-from dynacut.shared.target import Module
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What was seen. warnings: whatever endangers the process or makes the picture incomplete, a line each."""
-
-    pid: int
-    exe: str
-    modules: tuple[Module, ...]
-    features: tuple[FeatureReport, ...]
-    foreign: tuple[Foreign, ...]
-    warnings: tuple[str, ...]
+from dynacut.shared.report import FeatureReport, Inspection, features_of, foreign_changes
 
 
 def inspect(process: Process, *, thorough: bool = True) -> Inspection:

@@ -13,7 +13,7 @@ from dynacut.handlers.table import Action, Table, TableSite
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
-from dynacut.shared.target import PAGE_SIZE, Target
+from dynacut.shared.target import PAGE_SIZE, Module, Target
 
 SCHEMA = 1
 _MAX_FOREIGN = 1000
@@ -85,6 +85,34 @@ class Foreign:
     size: int
     found: bytes
     original: bytes
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was seen in one process. warnings: whatever endangers it or makes the picture incomplete, a line each."""
+
+    pid: int
+    exe: str
+    modules: tuple[Module, ...]
+    features: tuple[FeatureReport, ...]
+    foreign: tuple[Foreign, ...]
+    warnings: tuple[str, ...]
+
+
+def merged_features(processes: Sequence[Inspection], *, with_sites: bool) -> list[dict[str, Any]]:
+    """The features of all processes for --json: hits added up; disabled if they are in any process."""
+    merged: dict[str, dict[str, Any]] = {}
+    for process in processes:
+        for feature in process.features:
+            entry = merged.get(feature.name)
+            if entry is None:
+                merged[feature.name] = feature.as_json(with_sites=with_sites)
+                continue
+            entry["hits"] += feature.hits
+            if feature.state == "disabled":
+                entry["state"] = feature.state
+                entry["patched"] = max(entry["patched"], feature.patched)
+    return list(merged.values())
 
 
 def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[FeatureReport, ...]:

@@ -17,11 +17,10 @@ from dynacut.cli import console
 from dynacut.cli.main import main
 from dynacut.live import change as change_module
 from dynacut.live.change import Outcome
-from dynacut.live.inspect import Inspection
 from dynacut.live.remote import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import Scope
-from dynacut.shared.report import FeatureReport, Foreign, SiteReport
+from dynacut.shared.report import FeatureReport, Foreign, Inspection, SiteReport
 from dynacut.shared.target import Module
 
 Capture = pytest.CaptureFixture[str]
