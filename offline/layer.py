@@ -101,7 +101,8 @@ class _Writer:
         """Writes one new file."""
         path = self._directory / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
         self._written.bytes_written += len(data)
         self._written.files.append(str(name))
 
@@ -127,10 +128,12 @@ class _LayerWriter(_Writer):
         for name, data in self._new.items():
             self.put(Path(name), data)
         if has_parent is not None:
-            # The parent's files serve the processes that stay as they are; what they have from their own parent is
-            # found one level deeper, as before.
-            ours = {name for process in repaged for name in (process.memory.pages.name,)}
-            self._link_all(has_parent, Path(_PARENT), ours | {process.memory.pages.pages_name for process in repaged})
+            # The original's parent moves one level deeper, for the processes that change. Those that do not find it in
+            # between as well, where what it has from parents of its own is found the same way.
+            ours = {
+                name for process in repaged for name in (process.memory.pages.name, process.memory.pages.pages_name)
+            }
+            self._link_all(has_parent, Path(_PARENT), ours)
             self._link_chain(has_parent, Path(_PARENT, _PARENT))
             has_parent.close()
         for process in repaged:
@@ -172,16 +175,16 @@ class _LayerWriter(_Writer):
         self.put(where / pages.pages_name, b"".join(written[page] for page in sorted(written)))
 
     def _link_all(self, folder: ImageFolder, where: Path, replaced: set[str]) -> None:
-        """Links the regular files of a directory, but for those that are replaced."""
-        for entry in os.scandir(folder.descriptor):
-            if entry.name not in replaced and entry.is_file(follow_symlinks=False):
-                self._link(folder, entry.name, where / entry.name)
+        """Links the images of a directory, but for those that are replaced."""
+        for name in _kept_names(folder):
+            if name not in replaced:
+                self._link(folder, name, where / name)
 
     def _link_chain(self, folder: ImageFolder, where: Path) -> None:
-        """Links a directory's parents, each as a directory below the other."""
+        """Links a directory and its parents, each as a directory below the other."""
+        self._link_all(folder, where, set())
         parent = folder.parent()
         if parent is not None:
-            self._link_all(parent, where, set())
             self._link_chain(parent, where / _PARENT)
             parent.close()
 
@@ -206,14 +209,13 @@ class _FlatWriter(_Writer):
         for name, data in self._new.items():
             self.put(Path(name), data)
             done.add(name)
-        for entry in os.scandir(folder.descriptor):
-            if entry.name in done or not entry.is_file(follow_symlinks=False):
-                continue
-            source = folder.open(entry.name)
-            try:
-                self._copy(source, Path(entry.name))
-            finally:
-                os.close(source)
+        for name in _kept_names(folder):
+            if name not in done:
+                source = folder.open(name)
+                try:
+                    self._copy(source, Path(name))
+                finally:
+                    os.close(source)
 
     def _copy(self, source: int, name: Path) -> None:
         output = os.open(self._directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -245,6 +247,15 @@ class _FlatWriter(_Writer):
         self._written.bytes_written += offset
         self._written.files.append(pages.pages_name)
         self.put(Path(pages.name), pages.with_extents(extents))
+
+
+def _kept_names(folder: ImageFolder) -> Iterator[str]:
+    """The files of an image that belong into another one: not CRIU's logs and statistics, which each restore writes
+    anew, through a hard link into the original as well."""
+    for entry in os.scandir(folder.descriptor):
+        kept = entry.name.endswith(".img") or entry.name == "descriptors.json"
+        if kept and entry.is_file(follow_symlinks=False):
+            yield entry.name
 
 
 def _touches_held_pages(process: ImageProcess) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 from dynacut.shared.code import Code
 from dynacut.shared.decode import MAX_INSTRUCTION
 
@@ -25,3 +29,25 @@ def disassembly(code: Code, offset: int, count: int = 6) -> list[str]:
         lines.append(f"{offset:#x}: {data:<23} {text}{note}")
         offset += found.size
     return lines
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction as it is in memory; text is ``(bad)`` where the bytes are none."""
+
+    address: int
+    data: bytes
+    text: str
+
+
+def instructions(data: bytes, address: int) -> Iterator[Instruction]:
+    """The instructions in bytes of a target's memory, patched or not; address: of the first, absolute."""
+    import capstone
+
+    decoder: Any = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)  # type: ignore[no-untyped-call]
+    position = 0
+    while position < len(data):
+        found = next(decoder.disasm_lite(data[position:], address + position, 1), None)
+        size, text = (found[1], f"{found[2]} {found[3]}".rstrip()) if found else (1, "(bad)")
+        yield Instruction(address + position, data[position : position + size], text)
+        position += size
