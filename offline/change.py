@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dynacut.handlers.table import TRACE_MAGIC, Table
 from dynacut.offline import patcher
-from dynacut.offline.criu_options import RECORD_NAME, CriuOptions, Record, read_record
+from dynacut.offline.criu_options import RECORD_NAME, Record
+from dynacut.offline.image_tasks import read_tasks
 from dynacut.offline.images.image import Image
 from dynacut.offline.images.process import ImageProcess
 from dynacut.offline.layer import Written, write_image
@@ -75,9 +76,7 @@ def change(
 
 def _record(original: Path) -> bytes:
     """What `dynacut restore` is told of the new image."""
-    known = read_record(original)
-    options = known.options if known else CriuOptions()
-    return Record(options, original=str(original.absolute())).packed()
+    return Record(read_tasks(original).record.options, original=str(original.absolute())).packed()
 
 
 def _chosen(image: Image, pids: Sequence[int]) -> list[ImageProcess]:

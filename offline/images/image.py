@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 
 from dynacut.offline.images.files import ImageFolder
 from dynacut.offline.images.memory import ImageFile
 from dynacut.offline.images.process import ImageProcess
-from dynacut.offline.images.schema import FileEntry, PstreeEntry
+from dynacut.offline.images.schema import FileEntry, MemfdInodeEntry, PstreeEntry
 from dynacut.shared.errors import DynacutError
 
-_PSTREE_MAGIC, _FILES_MAGIC = 0x50273030, 0x56303138
+_PSTREE_MAGIC, _FILES_MAGIC, _MEMFD_MAGIC = 0x50273030, 0x56303138, 0x48453499
 _MAX_PID = 1 << 22
 _MAX_TASKS = 1 << 16
 
@@ -54,6 +55,7 @@ class Image:
 
     def _files(self) -> dict[int, ImageFile]:
         files = {}
+        memfds = self._memfds()
         for entry in self.folder.parse("files.img", _FILES_MAGIC, FileEntry):
             if entry.HasField("reg"):
                 name = bytes(entry.reg.name)
@@ -62,7 +64,19 @@ class Image:
                 words = b"".join(int(word).to_bytes(4, "little") for word in entry.reg.build_id)
                 path = name.decode(errors="surrogateescape")
                 files[int(entry.id)] = ImageFile(path, int(entry.reg.size), words)
+            elif entry.HasField("memfd") and entry.memfd.inode_id in memfds:
+                files[int(entry.id)] = memfds[entry.memfd.inode_id]
         return files
+
+    def _memfds(self) -> dict[int, ImageFile]:
+        """The memfds by inode, anonymous shared memory among them."""
+        if not self.folder.has("memfd.img"):
+            return {}
+        entries = self.folder.parse("memfd.img", _MEMFD_MAGIC, MemfdInodeEntry)
+        return {
+            int(entry.inode_id): ImageFile(f"/memfd:{os.fsdecode(bytes(entry.name))}", 0, b"", int(entry.shmid))
+            for entry in entries
+        }
 
     def _tree(self) -> list[tuple[int, list[int]]]:
         """The pid and the threads of every process that is alive."""

@@ -33,6 +33,8 @@ class ImageFile:
     path: str
     size: int
     build_id: bytes
+    shared_memory: int | None = None
+    """Of a memfd, which anonymous shared memory is dumped as: the id of its pages."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Vma:
     @property
     def shared_memory(self) -> int | None:
         """The id of the anonymous shared memory that is mapped; None if it is not such a VMA."""
+        if self.file is not None and self.file.shared_memory is not None:
+            return self.file.shared_memory
         return int(self.message.shmid) if self.message.status & _ANON_SHARED else None
 
     def part(self, start: int, end: int) -> Vma:
@@ -174,8 +178,9 @@ class Memory:
 
     def _contents(self, vma: Vma, start: int, end: int) -> bytearray:
         size = end - start
-        data = bytearray(size) if vma.file is None else self._file_bytes(vma, start, size)
         shared = vma.shared_memory
+        is_of_file = vma.file is not None and shared is None
+        data = self._file_bytes(vma, start, size) if is_of_file else bytearray(size)
         if shared is not None:
             self._shared_pages(shared).fill(data, start - vma.mapping.start + int(vma.message.pgoff))
             return data

@@ -38,7 +38,9 @@ _MESSAGES = {
     "pagemap_head": "pages_id 1 uint32",
     "pagemap_entry": "vaddr 1 uint64, compat_nr_pages 2 uint32, in_parent 3 bool, flags 4 uint32, nr_pages 5 uint64",
     "reg_file_entry": "id 1 uint32, name 6 bytes, size 8 uint64, build_id 11 uint32*",
-    "file_entry": "type 1 uint32, id 2 uint32, reg 3 reg_file_entry",
+    "memfd_file_entry": "inode_id 5 uint32",
+    "memfd_inode_entry": "name 1 bytes, shmid 5 uint32, inode_id 7 uint64",
+    "file_entry": "type 1 uint32, id 2 uint32, reg 3 reg_file_entry, memfd 20 memfd_file_entry",
 }
 
 
@@ -75,3 +77,4 @@ VmaEntry = _message("vma_entry")
 PagemapHead = _message("pagemap_head")
 PagemapEntry = _message("pagemap_entry")
 FileEntry = _message("file_entry")
+MemfdInodeEntry = _message("memfd_inode_entry")
