@@ -316,6 +316,14 @@ class Redis(Server):
         assert self._connection is not None, "not started"
         return self._connection.command(*words)
 
+    def disconnect(self) -> None:
+        """Closes the connection that is open since the start, and waits until the server has seen it."""
+        with self.connect() as other:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            wait_until(lambda: str(other.command("CLIENT", "LIST")).count(" addr=") == 1, "the end of the connection")
+
     def end(self) -> None:
         """See Server.end."""
         if self._connection is not None:

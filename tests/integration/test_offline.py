@@ -75,18 +75,24 @@ def test_set_is_off_after_a_restore_and_on_again_after_an_undo(redis: Redis, dyn
         check_set_is_off(redis)
         dynacut.json("live", "--pid", redis.pid, "--undo")
         assert client.command("SET", "key", "live") == "OK"
-        end([redis.pid])
 
-    # Dropping the layer, and an undo within it, give the server as it was.
-    dynacut.json("offline", tmp_path / "layer", "--undo", "-o", tmp_path / "undone")
-    dynacut.json("offline", tmp_path / "layer", "--undo", "-o", tmp_path / "flat", "--flat")
-    for directory in (tmp_path / "undone", tmp_path / "flat", image):
-        dynacut.json("restore", directory)
-        with redis.connect() as new:  # the old connection has seen the end of the process
-            assert new.command("SET", "key", "undone") == "OK"
-        assert dynacut.json("live", "--pid", redis.pid)["features"] == []
-        if directory != image:
-            end([redis.pid])
+
+def test_a_layer_is_dropped_or_undone(redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:
+    """Without open connections, so that one image can be restored again and again."""
+    redis.disconnect()
+    image = checkpointed(redis, dynacut, tmp_path / "image")
+    dynacut.json("offline", image, *SET_TO_ERROR, "-o", tmp_path / "layer")
+    dynacut.json("offline", tmp_path / "layer", "--disable", "getCommand", "--as", "get", "-o", tmp_path / "two")
+    dynacut.json("offline", tmp_path / "two", "--undo", "-o", tmp_path / "undone")
+    dynacut.json("offline", tmp_path / "two", "--undo", "-o", tmp_path / "flat", "--flat")
+    for directory, off in (("layer", ["set"]), ("two", ["set", "get"]), ("undone", []), ("flat", []), ("image", [])):
+        dynacut.json("restore", tmp_path / directory)
+        with redis.connect() as client:
+            assert (client.command("SET", "key", "x") == "OK") is (not off)
+            assert client.command("PING") == "PONG"
+        report = dynacut.json("live", "--pid", redis.pid)
+        assert [feature["name"] for feature in report["features"]] == off
+        end([redis.pid])
 
 
 def contents(directory: Path) -> dict[str, bytes]:
