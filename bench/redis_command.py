@@ -39,7 +39,7 @@ def run(cores: Cores, folder: Path, repeat: int, *, quick: bool, progress: Calla
             progress(f"redis: repetition {repetition + 1} of {repeat}, {peer}")
             with Redis() as redis:
                 isolate(redis.pid, cores)
-                with _pinged(pinger, redis.port, cores, folder) as control:
+                with pinged(pinger, redis.port, cores, folder) as control:
                     _measure(figures, peer, redis, control, site, folder)
     return Result(figures, [_table(figures)], _claims(figures))
 
@@ -64,7 +64,7 @@ def _find_site() -> _Site:
 
 
 @contextmanager
-def _pinged(executable: Path, port: int, cores: Cores, folder: Path) -> Iterator[Control]:
+def pinged(executable: Path, port: int, cores: Cores, folder: Path) -> Iterator[Control]:
     """A client on the core of redis: the two take turns, and leave the other core to the tools."""
     control = Control(folder / "ping")
     try:

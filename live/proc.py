@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,11 @@ def start_time(pid: int, tid: int) -> int:
     """When a thread started, in clock ticks since boot (field 22 of proc_pid_stat(5))."""
     stat = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
     return int(stat.rpartition(b")")[2].split()[19])
+
+
+def auxiliary_vector(pid: int) -> dict[int, int]:
+    """What the kernel told the program at its start, by type (getauxval(3))."""
+    return dict(struct.iter_unpack("<QQ", Path(f"/proc/{pid}/auxv").read_bytes()))
 
 
 @dataclass(frozen=True)

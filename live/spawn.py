@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 from ptrace.binding.func import PTRACE_TRACEME, ptrace
 from ptrace.error import PtraceError
 
+from dynacut.live.proc import auxiliary_vector
 from dynacut.live.process import Process
 from dynacut.live.tracee import PTRACE_DETACH, NoStopError, ThreadGoneError, Tracee, prompt_stops
 from dynacut.shared.errors import DynacutError
@@ -104,12 +103,11 @@ def _start(command: Sequence[str]) -> int:
 
 
 def _entry_point(pid: int) -> int:
-    """AT_ENTRY of the auxiliary vector (getauxval(3)): the program's own entry, not the dynamic linker's."""
-    auxv = Path(f"/proc/{pid}/auxv").read_bytes()
-    for kind, value in struct.iter_unpack("<QQ", auxv):
-        if kind == _AT_ENTRY:
-            return int(value)
-    raise DynacutError(f"process {pid} has no entry point in its auxiliary vector")
+    """AT_ENTRY of the auxiliary vector: the program's own entry, not the dynamic linker's."""
+    entry = auxiliary_vector(pid).get(_AT_ENTRY)
+    if entry is None:
+        raise DynacutError(f"process {pid} has no entry point in its auxiliary vector")
+    return entry
 
 
 def _instruction_pointer(pid: int) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dynacut.handlers.table import TRACE_MAGIC, Action, TableSite
@@ -18,6 +19,7 @@ from dynacut.live.patcher import Patcher
 from dynacut.live.proc import task_status
 from dynacut.live.process import Process
 from dynacut.live.remote import StopClock
+from dynacut.live.traceable import check_traceable
 from dynacut.live.tree import descendants
 from dynacut.shared import resolve
 from dynacut.shared.code import Code, CodeOf
@@ -44,18 +46,22 @@ class Trace:
     """Block coverage of one process and its descendants, from arm() to disarm()."""
 
     def __init__(self, process: Process, modules: Sequence[Module], *, timeout: float = 60.0) -> None:
-        """modules: those to trace; the block map of each is taken from the cache, or made."""
+        """modules: those to trace; the block map of each is taken from the cache, or made.
+
+        Raises:
+            DynacutError: an int3 in one of them could end the process; or its file cannot be read.
+        """
+        check_traceable(process, modules)
         self.clock = StopClock()
         self._process = process
         self._timeout = timeout
         codes = CodeOf(process)
         self._codes = [codes.of(module) for module in modules]
         self._blocks: dict[int, _Block] = {}
+        self._addresses: list[int] = []
         self._by_counter: dict[int, _Block] = {}
         self._counters: memoryview | mmap.mmap = memoryview(b"")
-        self._counter_bytes = 0
-        self._phase_start = 0
-        self._seen = 0
+        self._before = array("Q", [0])
         self._noted: list[_Block] = []
 
     @property
@@ -80,11 +86,13 @@ class Trace:
         self.disarm()  # what a killed tracer left behind: its blocks are in no file
         self._process.refresh()
         self._blocks = {block.code.module.base + block.offset: block for block in self._armable()}
+        self._addresses = sorted(self._blocks)
         if not self._blocks:
             raise DynacutError("there is no block to trace", "choose other modules by --module")
         sites = tuple(
             TableSite(address, _FEATURE, Action.LEARN, 0, block.size, block.original, _INT3_BYTE)
-            for address, block in sorted(self._blocks.items())
+            for address in self._addresses
+            for block in (self._blocks[address],)
         )
         edits = tuple(ByteEdit(site.address, site.old, site.new) for site in sites)
         patcher = self._patcher(self._process)
@@ -95,8 +103,9 @@ class Trace:
         self._by_counter = {placed.counter: self._blocks[placed.site.address] for placed in found.table.placed}
         address = found.region.table + found.table.layout.counters
         self._counters = _shared_memory(self._process, address)
-        self._counter_bytes = 8 * (max(self._by_counter) + 1)
-        self._phase_start = self._seen = self._numbers()[0]
+        # The table came with counters of zero: what was hit while the blocks were being armed counts as well.
+        self._before = array("Q", bytes(8 * (max(self._by_counter) + 1)))
+        self._before[0] = self._numbers()[0]
 
     def note(self, address: int) -> None:
         """Counts the block at an address as hit in this phase: the entry point of a held program cannot be armed."""
@@ -107,15 +116,16 @@ class Trace:
 
     def poll(self) -> int:
         """How many blocks were hit in this phase so far."""
-        self._seen = self._numbers()[0]
-        return self._seen - self._phase_start
+        return self._numbers()[0] - self._before[0]
 
     def coverage(self) -> Coverage:
         """The blocks hit in this phase, in the order of their first hits."""
-        numbers = self._numbers()
-        self._seen = numbers[0]
+        return self._coverage(self._numbers())
+
+    def _coverage(self, numbers: array[int]) -> Coverage:
+        # By what has changed, not by the number of the last hit: a thread may be between taking a number and noting it.
         hits = sorted(
-            (numbers[counter], counter) for counter in self._by_counter if numbers[counter] > self._phase_start
+            (numbers[counter], counter) for counter in self._by_counter if numbers[counter] != self._before[counter]
         )
         blocks: dict[str, dict[int, int]] = {code.module.path: {} for code in self._codes}
         for block in self._noted:
@@ -132,15 +142,11 @@ class Trace:
 
     def next_phase(self) -> Coverage:
         """Closes the phase: its coverage; and arms all blocks again, in the descendants too, for the next one."""
-        coverage = self.coverage()
+        numbers = self._numbers()
+        coverage = self._coverage(numbers)
         self._noted.clear()
-        self._phase_start = self._seen
-        if not self.is_running:
-            return coverage
-        for process in self._family():
-            with process:
-                for address in self._healed(process):
-                    process.write(address, _INT3_BYTE)
+        self._before = numbers
+        self._in_family(self._arm_again)
         return coverage
 
     def disarm(self) -> None:
@@ -149,24 +155,14 @@ class Trace:
         Raises:
             DynacutError: a process could not be put back; blocks that are left armed heal themselves.
         """
-        failures: list[DynacutError] = []
-        if not self.is_running:
-            return
-        for process in self._family():
-            with process:
-                try:
-                    stop_trace(process, self._timeout, self.clock)
-                except DynacutError as error:
-                    failures.append(error)
-        if failures:
-            raise failures[0]
+        self._in_family(lambda process: stop_trace(process, self._timeout, self.clock))
 
     def extents(self) -> dict[str, tuple[int, int]]:
         """Load base and end of each traced module, by its path."""
         return {code.module.path: (code.module.base, code.module.end) for code in self._codes}
 
     def _numbers(self) -> array[int]:
-        return array("Q", self._counters[: self._counter_bytes])
+        return array("Q", self._counters[: 8 * len(self._before)])
 
     def _armable(self) -> Iterator[_Block]:
         for code in self._codes:
@@ -186,24 +182,38 @@ class Trace:
         for code in self._codes:
             for mapping in code.module.executable_mappings:
                 memory = process.read(mapping.start, mapping.size)
-                for address, block in self._blocks.items():
-                    index = address - mapping.start
-                    if 0 <= index < len(memory) and memory[index] == block.original[0]:
+                first = bisect_left(self._addresses, mapping.start)
+                for address in self._addresses[first : bisect_left(self._addresses, mapping.end)]:
+                    if memory[address - mapping.start] == self._blocks[address].original[0]:
                         yield address
 
-    def _family(self) -> Iterator[Process]:
-        """The process and its descendants that have inherited the trace, each opened anew."""
-        for pid in descendants(self._process.pid):
+    def _arm_again(self, process: Process) -> None:
+        for address in self._healed(process):
+            process.write(address, _INT3_BYTE)
+
+    def _in_family(self, act: Callable[[Process], object]) -> None:
+        """Acts on the process and its descendants that have inherited the trace, each opened anew.
+
+        A failure is one only if the process has the trace still: it may end, or become another program, at any time.
+
+        Raises:
+            DynacutError: the first failure, when all had their turn.
+        """
+        failures = []
+        try:
+            pids = descendants(self._process.pid)
+        except DynacutError:
+            return  # it has ended
+        for pid in pids:
             try:
-                process = Process(pid)
-                if has_region(process, TRACE_MAGIC):
-                    yield process
-                else:
-                    process.close()
-            except DynacutError:
-                if pid == self._process.pid:
-                    raise
-                continue  # a child that ended, or that became another program
+                with Process(pid) as process:
+                    if has_region(process, TRACE_MAGIC):
+                        act(process)
+            except DynacutError as error:
+                if _is_traced(pid):
+                    failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _patcher(self, process: Process) -> Patcher:
         return Patcher(process, self._timeout, self.clock, TRACE_MAGIC)
@@ -223,6 +233,15 @@ def _shared_memory(process: Process, address: int) -> mmap.mmap:
         return mmap.mmap(file, mapping.size, mmap.MAP_SHARED, mmap.PROT_READ)
     finally:
         os.close(file)
+
+
+def _is_traced(pid: int) -> bool:
+    """Whether a process, opened anew, has a trace's region."""
+    try:
+        with Process(pid) as process:
+            return has_region(process, TRACE_MAGIC)
+    except DynacutError:
+        return False
 
 
 def armed_blocks(process: Process) -> int:
@@ -247,6 +266,11 @@ def stop_trace(process: Process, timeout: float, clock: StopClock) -> int:
     patches = resolve.undo(process, found.table)
     Patcher(process, timeout, clock, TRACE_MAGIC).apply(patches)
     return len(patches.edits)
+
+
+def has_trace(process: Process) -> bool:
+    """Whether blocks of a trace are in force: armed in the process itself, or inherited from its parent."""
+    return _trace_of(process) is not None
 
 
 def _trace_of(process: Process) -> FoundRegion | None:

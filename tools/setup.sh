@@ -3,7 +3,8 @@
 #
 #   tools/setup.sh demo     the compiler, and dynacut itself
 #   tools/setup.sh check    in addition ruff, mypy, pytest and a C++ compiler
-#   tools/setup.sh test     in addition gdb and the servers that the integration tests patch
+#   tools/setup.sh criu     only a CRIU that works, and what it is built from
+#   tools/setup.sh test     all of that, gdb, valgrind and the servers that the integration tests patch
 #
 # Does nothing, and that quickly, when all is there. As root it installs missing packages, without starting the
 # servers among them; as somebody else it says what is missing.
@@ -11,9 +12,9 @@ set -eu
 
 wanted=${1:-}
 case $wanted in
-demo | check | test) ;;
+demo | check | criu | test) ;;
 *)
-	echo "usage: tools/setup.sh demo|check|test" >&2
+	echo "usage: tools/setup.sh demo|check|criu|test" >&2
 	exit 2
 	;;
 esac
@@ -42,7 +43,11 @@ find_python() {
 	return 1
 }
 
+needs_criu() { { [ "$wanted" = criu ] || [ "$wanted" = test ]; } && ! tools/criu.sh works; }
+
 missing_packages() {
+	if needs_criu; then tools/criu.sh missing; fi
+	[ "$wanted" != criu ] || return 0
 	venv_is_sound || find_python >/dev/null || echo python3 python3-venv
 	has "${CC:-gcc}" || has gcc || echo gcc
 	[ -e /usr/include/stdio.h ] || echo libc6-dev
@@ -51,6 +56,7 @@ missing_packages() {
 	if [ "$wanted" = test ]; then
 		has gdb || echo gdb
 		has curl || echo curl
+		has valgrind || echo valgrind
 		has redis-server || echo redis-server
 		has redis-cli || echo redis-tools
 		has nginx || echo nginx
@@ -142,6 +148,9 @@ if [ $# -gt 0 ]; then
 		exit 1
 	fi
 fi
+
+if needs_criu || [ "$wanted" = criu ]; then tools/criu.sh 9>&-; fi
+[ "$wanted" != criu ] || exit 0
 
 # --- The virtual environment. Its stamp says from which files, and where, it was made. ---
 

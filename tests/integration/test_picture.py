@@ -15,7 +15,8 @@ from dynacut.shared.drcov import read
 
 from .conftest import Dynacut
 from .servers import Nginx, RedisConnection, free_port
-from .test_trace import Tracer, begin
+from .test_trace import begin
+from .tracer import Tracer
 
 PHASES = ("start", "wanted", "unwanted")
 

@@ -9,7 +9,8 @@ import pytest
 
 from .conftest import Dynacut
 from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError
-from .test_trace import Tracer, begin
+from .test_trace import begin
+from .tracer import Tracer
 from .untouched import Snapshot
 
 REDIS_REQUESTS = (
@@ -103,10 +104,17 @@ def check_http(
             server.request("DELETE", "/d.txt")
         server.request("PUT" if method != "PUT" else "DELETE", "/no/such/folder/x", "")
 
-    def unwanted() -> None:
+    def do(name: str) -> int:
+        """The unwanted request; its status."""
         if method == "DELETE":
-            (server.docroot / "u.txt").write_text("u")
-        assert server.request(method, "/u.txt", "u" if method == "PUT" else None)[0] in (200, 201, 204)
+            (server.docroot / name).write_text("u")
+        if method == "MKCOL":
+            (server.docroot / name).rmdir() if (server.docroot / name).exists() else None
+            return server.request(method, f"/{name}/")[0]
+        return server.request(method, f"/{name}", "u" if method == "PUT" else None)[0]
+
+    def unwanted() -> None:
+        assert do("u") in (200, 201, 204)
 
     log, plan = tmp_path / "http.drcov", tmp_path / "method.toml"
     record(dynacut, traced, log, wanted, unwanted, *modules)
@@ -116,6 +124,8 @@ def check_http(
     probe = f"curl -sf -o /dev/null -T {file} {url}/p.txt"
     if method == "DELETE":
         probe = f"touch {server.docroot}/p.txt; curl -sf -o /dev/null -X DELETE {url}/p.txt"
+    if method == "MKCOL":
+        probe = f"rmdir {server.docroot}/p; curl -sf -o /dev/null -X MKCOL {url}/p/"
     report = dynacut.json(
         "plan", *logs(log), "--name", "method", "-o", plan, "--try", *options, "--pid", server.pid,
         "--probe-unwanted", probe, "--probe-wanted", f"curl -sf -o /dev/null {url}/",
@@ -123,20 +133,61 @@ def check_http(
     assert report["works"] is True
 
     dynacut.json("live", "--pid", server.pid, *options, "--plan", plan)
-    (server.docroot / "v.txt").write_text("v")
     for _ in range(4):
-        assert server.request(method, "/v.txt", "v" if method == "PUT" else None)[0] >= 400
+        assert do("v") >= 400
     assert server.request("GET", "/")[::2] == (200, b"hello\n")
     assert server.request("GET", "/missing")[0] == 404
     dynacut.json("live", "--pid", server.pid, *options, "--undo")
-    assert server.request(method, "/v.txt", "v" if method == "PUT" else None)[0] in (200, 201, 204)
+    assert do("v") in (200, 201, 204)
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "MKCOL"])
 def test_nginx(dynacut: Dynacut, tmp_path: Path, method: str) -> None:
     with Nginx(workers=1) as nginx:
         (worker,) = nginx.workers
         check_http(nginx, dynacut, tmp_path, method, worker, [], "--tree")
+
+
+def test_requests_that_the_server_refuses_show_the_way(dynacut: Dynacut, tmp_path: Path) -> None:
+    """--error: PUT to a folder is a conflict for nginx, so its own refusal of PUT is known, and preferred."""
+    log, plan = tmp_path / "http.drcov", tmp_path / "put.toml"
+    with Nginx(workers=1) as nginx:
+        (worker,) = nginx.workers
+
+        def get() -> None:
+            assert nginx.request("GET", "/")[0] == 200
+            assert nginx.request("GET", "/missing")[0] == 404
+
+        def put() -> None:
+            assert nginx.request("PUT", "/u.txt", "u")[0] in (201, 204)
+
+        with Tracer("--pid", worker, "-o", log, "--phase-name", "warm") as tracer:
+            tracer.await_line("armed")
+            for _ in range(3):
+                get()
+            begin(dynacut, worker, "wanted", tracer)
+            for _ in range(4):
+                get()
+            begin(dynacut, worker, "unwanted", tracer)
+            put()
+            begin(dynacut, worker, "error", tracer)
+            assert nginx.request("PUT", "/folder/", "u")[0] == 409
+            begin(dynacut, worker, "end", tracer)
+            tracer.end()
+        url = f"http://127.0.0.1:{nginx.port}"
+        probes = (
+            "--try", "--tree", "--pid", nginx.pid, "--probe-wanted", f"curl -sf -o /dev/null {url}/",
+            "--probe-unwanted", f"curl -sf -o /dev/null -T {plan.with_suffix('.body')} {url}/p.txt",
+        )  # fmt: skip
+        plan.with_suffix(".body").write_text("x")
+        told = dynacut.json("plan", *logs(log), "--error", tmp_path / "http.error.drcov", "-o", plan, *probes)
+        untold = dynacut.json("plan", *logs(log), "-o", tmp_path / "other.toml")
+        assert told["works"] is True
+        assert "refused requests" in told["reason"]
+        assert "refused requests" not in untold["reason"]
+        dynacut.json("live", "--tree", "--pid", nginx.pid, "--plan", plan)
+        assert nginx.request("PUT", "/u.txt", "u")[0] >= 400
+        get()
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])

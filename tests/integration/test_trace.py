@@ -1,13 +1,11 @@
-"""dynacut trace: coverage of running servers, of forks and threads, in phases, and what a killed tracer leaves."""
+"""dynacut trace: coverage of running servers, of forks, threads and trees, in phases."""
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,43 +14,10 @@ import pytest
 from dynacut.shared.drcov import read
 
 from .conftest import Dynacut
-from .load import Load
+from .programs import Program
 from .servers import Nginx, Redis, free_port, wait_until
+from .tracer import Tracer
 from .untouched import Snapshot
-
-
-class Tracer:
-    """`dynacut trace` in the background."""
-
-    def __init__(self, *arguments: str | int | Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dynacut.cli.main", "trace", *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Tracer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def await_line(self, word: str) -> str:
-        """Waits for a line of its progress that contains a word."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if word in line:
-                return line
-        raise AssertionError(f"the tracer ended without saying {word!r}")
-
-    def end(self) -> None:
-        """Ctrl-C."""
-        self.process.send_signal(signal.SIGINT)
-        _, errors = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0, errors
 
 
 def begin(dynacut: Dynacut, pid: int, phase: str, tracer: Tracer) -> None:
@@ -133,31 +98,76 @@ def test_nginx_is_traced_with_its_workers(nginx: Nginx, tmp_path: Path) -> None:
     assert nginx.request("PUT", "/x", "1")[0] == 201
 
 
-def test_a_killed_tracer_leaves_a_server_that_works(dynacut: Dynacut, tmp_path: Path) -> None:
-    """SIGKILL at random instants, under load with io-threads, while blocks are armed, hit, and armed again."""
-    with Redis({"io-threads": 4, "io-threads-do-reads": "yes"}) as redis:
-        redis.command("SET", "key", "value")
-        before = Snapshot.of(redis.pid)
+def test_a_tree_is_traced_as_one_with_the_workers_it_has_and_those_it_gets(
+    nginx: Nginx, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """The code of PUT runs in one worker in each phase; the last of them was started while the tree was traced."""
+    log = tmp_path / "nginx.drcov"
+    before = {pid: Snapshot.of(pid) for pid in (nginx.pid, *nginx.workers)}
+    first, second = nginx.workers
+    with Tracer("--pid", nginx.pid, "--tree", "-o", log, "--phase-name", "get") as tracer:
+        tracer.await_line("armed")
+        assert nginx.request("GET", "/")[0] == 200
+        begin(dynacut, nginx.pid, "first", tracer)
+        served_by(nginx, first, second, "PUT")
+        begin(dynacut, nginx.pid, "second", tracer)
+        served_by(nginx, second, first, "PUT")
+        begin(dynacut, nginx.pid, "anew", tracer)
+        os.kill(second, signal.SIGKILL)
+        wait_until(lambda: second not in nginx.workers and len(nginx.workers) == 2, "a new worker")
+        (third,) = {*nginx.workers} - {first}
+        served_by(nginx, third, first, "PUT")
+        tracer.end()
+    get, *puts = (read(tmp_path / f"nginx.{phase}.drcov") for phase in ("get", "first", "second", "anew"))
+    modules = [put.difference(get).module("nginx") for put in puts]
+    assert min(module.count for module in modules) > 50, "the blocks of PUT"
+    common = modules[0].intersection(modules[1]).intersection(modules[2])
+    assert common.count > 0.8 * modules[0].count, "PUT is PUT, whoever serves it"
+    assert len(read(tmp_path / "nginx.first.drcov").modules) == 1, "one file, merged"
+    for pid in (nginx.pid, first):
+        assert Snapshot.of(pid) == before[pid]
+    assert Snapshot.of(third).code == before[first].code
+    assert nginx.request("PUT", "/x", "1")[0] in (201, 204)
 
-        def get() -> object:
-            with redis.connect() as connection:
-                return connection.command("GET", "key")
 
-        with Load(get, threads=4, expect="value") as load:
-            for _ in range(8):
-                with Tracer("--pid", redis.pid, "-o", tmp_path / "x.drcov") as tracer:
-                    if random.random() < 0.5:
-                        tracer.await_line("armed")
-                        dynacut("trace", "--pid", redis.pid, "--phase", "again")
-                    time.sleep(random.random() * 1.5)  # the instant of the kill, not a condition
-                    os.kill(tracer.process.pid, signal.SIGKILL)
-                load.wait_for(50)
-                assert isinstance(redis.command("INCR", "counter"), int)
-            report = dynacut.json("live", "--pid", redis.pid, "--undo")
-            assert report["warnings"] == []
-            load.wait_for(50)
-        assert (load.failures, load.wrong) == (0, 0), load.first
-        assert Snapshot.of(redis.pid) == before
+def served_by(nginx: Nginx, worker: int, other: int, method: str) -> None:
+    """A request that one worker answers, as the other one is stopped meanwhile."""
+    os.kill(other, signal.SIGSTOP)
+    try:
+        wait_until(lambda: psutil.Process(other).status() == psutil.STATUS_STOPPED, "the stop")
+        assert nginx.request(method, f"/{worker}.txt", "x")[0] in (201, 204)
+    finally:
+        os.kill(other, signal.SIGCONT)
+
+
+def test_code_that_runs_while_signals_are_blocked_is_left_out(
+    program: Callable[..., Program], dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """pthread_create blocks every signal: an int3 in there would end the program, which makes threads all the time."""
+    target = program("creators")
+    done = dynacut("trace", "--pid", target.pid, "-o", tmp_path / "x", "--module", "libc")
+    assert done.returncode == 1
+    assert "cannot be traced: it blocks every signal" in done.stderr
+    done = dynacut("trace", "--pid", target.pid, "-o", tmp_path / "x", "--module", "ld-linux-x86-64")
+    assert done.returncode == 1
+    assert "the dynamic linker" in done.stderr
+    done = dynacut("trace", "--pid", target.pid, "-o", tmp_path / "x.drcov", "--all-modules", "--for", "1")
+    assert done.returncode == 0, done.stderr
+    assert "not traced" in done.stderr and "libc.so.6" in done.stderr
+    assert {module.name for module in read(tmp_path / "x.drcov").modules} == {"creators"}
+    assert target.is_running()
+    before = target.counters()["right"]
+    wait_until(lambda: target.counters()["right"] > before + 100, "further threads")
+
+
+def test_a_program_with_the_c_library_in_it_is_refused(
+    program: Callable[..., Program], dynacut: Dynacut, tmp_path: Path
+) -> None:
+    target = program("creators", flags=("-static",))
+    done = dynacut("trace", "--pid", target.pid, "-o", tmp_path / "x")
+    assert done.returncode == 1
+    assert "is part of it" in done.stderr
+    assert target.is_running()
 
 
 def test_a_trace_of_nothing_is_refused(redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:
