@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 # Prerequisites are made in the order they are written, also under make -j: tools first, then what needs them.
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint bench clean ready-demo ready-check ready-test links
+.PHONY: help setup criu demo test check lint bench clean ready-demo ready-check ready-test links
 
 PYTHON := .venv/bin/python
 PACKAGES := $(wildcard cli live offline shared handlers)
@@ -15,6 +15,9 @@ help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ready-test handlers/trap.bin ## install what everything below needs (packages as root, .venv)
+
+criu: ## get a CRIU that works on this kernel: as root
+	@tools/setup.sh criu
 
 demo: ready-demo handlers/trap.bin build/notes ## switch a command of a small server off and on again
 	@$(PYTHON) examples/demo.py

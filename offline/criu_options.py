@@ -23,7 +23,7 @@ class CriuOptions:
     """Each is the option of criu(8) of that name."""
 
     tcp_established: bool = False
-    """TCP connections are open."""
+    """There are TCP sockets, and with them perhaps connections, which go on after a restore."""
     file_locks: bool = False
     """Files are locked."""
     ext_unix_sk: bool = False

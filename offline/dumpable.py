@@ -1,0 +1,117 @@
+"""Whether a process tree can be dumped: every reason against it that can be seen is named before it is frozen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dynacut.offline import processes
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.target import SIGTRAP
+
+_CAP_SYS_RESOURCE = 24
+"""The kernel's include/uapi/linux/capability.h."""
+
+
+def admit(pid: int) -> list[int]:
+    """The processes of the tree that begins with a process, the root first.
+
+    Raises:
+        DynacutError: CRIU could not dump it; nothing has been touched.
+    """
+    if pid == 1:
+        raise DynacutError("process 1 is the whole system and is not checkpointed", "give the pid of the server itself")
+    status = _status(pid)
+    label = processes.described(pid)
+    if int(status["Tgid"]) != pid:
+        raise DynacutError(f"{pid} is a thread of process {status['Tgid']}", f"use --pid {status['Tgid']}")
+    if "VmSize" not in status and status["State"][0] not in "ZX":
+        raise DynacutError(f"{label} is a kernel thread", "only programs can be checkpointed")
+    if status["State"][0] in "ZX":
+        raise DynacutError(f"{label} has ended", "its parent has yet to reap it")
+    tree = processes.tree_of(pid)
+    if os.getpid() in tree:
+        raise DynacutError(f"dynacut descends from {label} and would be frozen with it", "start it from elsewhere")
+    _check_namespace(pid, label)
+    for member in tree:
+        _check_process(member, int(status["PPid"]) if member == pid else None)
+    return tree
+
+
+def _status(pid: int) -> dict[str, str]:
+    try:
+        if pid > 0:
+            return processes.status_of(pid)
+    except (OSError, OverflowError):
+        pass
+    raise DynacutError(f"there is no process {pid}", "`ps -e` lists the processes")
+
+
+def _check_namespace(pid: int, label: str) -> None:
+    if _namespace(pid) != _namespace("self"):
+        raise DynacutError(
+            f"{label} lives in a container: in another pid namespace",
+            "let the container's runtime make the checkpoint, such as `podman container checkpoint`",
+        )
+
+
+def _namespace(pid: int | str) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    except OSError as error:
+        problem = f"process {pid} cannot be looked at: {error.strerror}"
+        raise DynacutError(problem, "see whether it still runs") from None
+
+
+def _check_process(pid: int, outer_parent: int | None) -> None:
+    """Checks one process. outer_parent: of the root of the tree."""
+    try:
+        status = processes.status_of(pid)
+    except OSError:
+        return  # it has ended meanwhile
+    if status["State"][0] in "ZX":
+        return  # CRIU dumps zombies
+    label = processes.described(pid)
+    parent = int(status["PPid"]) if outer_parent is None else outer_parent
+    if parent and processes.shares_memory(pid, parent):
+        raise DynacutError(
+            f"{processes.described(parent)} has just started {label} by vfork, and CRIU cannot dump the two meanwhile",
+            "try again: this takes an instant as a rule",
+        )
+    _check_limits_access(label, status)
+    for tid in processes.threads_of(pid):
+        _check_thread(pid, tid, label)
+
+
+def _check_thread(pid: int, tid: int, label: str) -> None:
+    try:
+        status = processes.status_of(pid, tid)
+    except OSError:
+        return
+    tracer = int(status["TracerPid"])
+    if tracer:
+        raise DynacutError(f"{label} is traced by {processes.described(tracer)}", "end that debugger or tracer first")
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    if pending >> (SIGTRAP - 1) & 1:
+        raise DynacutError(
+            f"a SIGTRAP waits for thread {tid} of {label}, which CRIU cannot dump",
+            "see why the thread blocks the signal: `grep Sig /proc/PID/status`",
+        )
+
+
+def _check_limits_access(label: str, status: dict[str, str]) -> None:
+    """CRIU reads resource limits by prlimit(2), which asks for the same ids or for CAP_SYS_RESOURCE."""
+    if _has_capability(_CAP_SYS_RESOURCE):
+        return
+    for key, mine in (("Uid", os.getuid()), ("Gid", os.getgid())):
+        others = {int(word) for word in status[key].split()[:3]} - {mine}
+        if others:
+            raise DynacutError(
+                f"{label} runs as {key.lower()} {min(others)}, and dynacut lacks CAP_SYS_RESOURCE, without which CRIU "
+                "can dump processes of its own user only",
+                "run dynacut with this capability, outside of the container; or patch the process by `dynacut live`",
+            )
+
+
+def _has_capability(number: int) -> bool:
+    return bool(int(processes.status_of(os.getpid())["CapEff"], 16) >> number & 1)

@@ -1,0 +1,79 @@
+"""What has to be known of an image before CRIU may restore it: its tasks, the options, and that it holds together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynacut.offline.criu_options import CriuOptions, Record, read_record
+from dynacut.offline.images.files import ImageFolder
+from dynacut.offline.images.pages import Pages
+from dynacut.offline.images.schema import Message, PstreeEntry
+from dynacut.shared.errors import DynacutError
+
+_PSTREE_MAGIC = 0x50273030
+_EMPTY_SIZE = 8  # the two magic numbers
+_MAX_PID = 1 << 22
+
+
+@dataclass(frozen=True)
+class ImageTasks:
+    """pids: the processes, the root first. tids: all ids that a restore takes, those of threads included.
+
+    size: bytes of memory in this directory. record: dynacut.json's, or what looking at the image gives.
+    """
+
+    pids: tuple[int, ...]
+    tids: frozenset[int]
+    size: int
+    record: Record
+
+
+def read_tasks(directory: Path) -> ImageTasks:
+    """Reads and checks an image.
+
+    A page marked as the parent's without a parent that has it would make CRIU search for ever, so all pagemaps are
+    checked, those of the parents included.
+
+    Raises:
+        DynacutError: it is no image, or does not hold together.
+    """
+    folder = ImageFolder(directory)
+    try:
+        entries = folder.parse("pstree.img", _PSTREE_MAGIC, PstreeEntry)
+        pids = tuple(int(entry.pid) for entry in entries)
+        tids = frozenset(int(tid) for entry in entries for tid in (entry.pid, *entry.threads))
+        if not pids:
+            raise folder.broken("pstree.img", "there is no process in it")
+        if 1 in tids:
+            raise DynacutError(
+                f"{directory} is a container's image: its processes have a pid namespace of their own",
+                "let the container's runtime restore it, such as `podman container restore`",
+            )
+        if not all(1 < tid < _MAX_PID for tid in tids) or len(set(pids)) != len(pids):
+            raise folder.broken("pstree.img", "the process ids in it are not possible")
+        size = _checked_pages(folder)
+        record = read_record(directory) or Record(_options_of(folder, entries[0]))
+    finally:
+        folder.close()
+    return ImageTasks(pids, tids, size, record)
+
+
+def _checked_pages(folder: ImageFolder) -> int:
+    size = 0
+    for name in folder.names():
+        if name.startswith("pagemap-") and name.endswith(".img"):
+            pages = Pages(folder, name.removeprefix("pagemap-").removesuffix(".img"))
+            size += pages.size
+            pages.close()
+    return size
+
+
+def _options_of(folder: ImageFolder, root: Message) -> CriuOptions:
+    """The options of an image that `criu dump` made by hand."""
+    return CriuOptions(
+        tcp_established=any(name.startswith("tcp-stream-") for name in folder.names()),
+        file_locks=folder.has("filelocks.img") and len(folder.read("filelocks.img")) > _EMPTY_SIZE,
+        ext_unix_sk=True,  # permits them only; it does nothing to an image without
+        shell_job=root.sid != root.pid,
+    )
