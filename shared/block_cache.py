@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import stat
 import struct
 import zlib
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynacut.shared.blocks import BlockMap
+from dynacut.shared.cache_folder import cache_folder
 from dynacut.shared.elf import ElfFile
 
 VERSION = 1
@@ -27,21 +27,6 @@ _MAGIC = b"dynablks"
 _HEADER = struct.Struct("<8sII32sQQQ")
 _CHECKED_FROM = 16
 _SIZE_LIMIT = 1 << 29
-
-
-def cache_folder() -> Path:
-    """Return where block maps are kept: dynacut below XDG_CACHE_HOME, by default below the user's ~/.cache.
-
-    The home is that of the effective user: under sudo, HOME may still be somebody else's.
-    """
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    if configured.startswith("/"):
-        return Path(configured) / "dynacut"
-    try:
-        home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
-    except KeyError:
-        home = Path(os.environ.get("HOME", "/nonexistent"))
-    return home / ".cache" / "dynacut"
 
 
 def cached_block_map(elf: ElfFile, folder: Path | None = None) -> BlockMap:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynacut.shared.cache_folder import cache_folder
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.functions import FunctionRange, function_at, function_ranges
@@ -73,7 +74,7 @@ class Code:
         """The block map if the cache has it."""
         from dynacut.shared import block_cache
 
-        return block_cache.load(self.elf, block_cache.cache_folder())
+        return block_cache.load(self.elf, cache_folder())
 
     def block_size(self, offset: int) -> int:
         """The bytes from an offset to the end of its basic block. Needs the block map of the whole module."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from dynacut.shared import block_cache
-from dynacut.shared.block_cache import cache_folder, cached_block_map, load, store
+from dynacut.shared.block_cache import cached_block_map, load, store
 from dynacut.shared.blocks import BlockMap
+from dynacut.shared.cache_folder import cache_folder
 from dynacut.shared.elf import ElfFile
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
