@@ -17,14 +17,16 @@ def processes_document(processes: Sequence[Inspection]) -> list[dict[str, Any]]:
             "pid": process.pid,
             "exe": process.exe,
             "features": [feature.as_json(with_sites=False) for feature in process.features],
+            "handler": process.handler_json,
         }
         for process in processes
     ]
 
 
 def inspected_document(processes: Sequence[Inspection]) -> dict[str, Any]:
-    """The modules of the first process, what others have patched, and warnings, for --json."""
+    """The modules and the handler library of the first process, what others have patched, and warnings, for --json."""
     return {
+        "handler": processes[0].handler_json,
         "modules": [
             {"name": module.name, "path": module.path, "base": f"{module.base:#x}"} for module in processes[0].modules
         ],
@@ -73,6 +75,10 @@ def print_features(processes: Sequence[Inspection], *, with_sites: bool) -> None
                 state = "patched" if site.patched else "original"
                 cells = [feature.name, site.at, str(site.length), site.on_hit, state, str(site.hits)]
                 sites.append([*pid, *cells])
+    for process in processes:
+        if library := process.handler_json:
+            whose = f" of {process.pid}" if several else ""
+            print(f"handler{whose}: {library['library']} at {library['at']}, called at {library['function']}")
     if not rows:
         print("no features")
         return

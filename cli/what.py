@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dynacut.cli.console import warn
 from dynacut.handlers.table import Table
 from dynacut.shared import resolve
-from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.errors import DynacutError, ExitStatus, shortened
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.patch_set import PatchSet
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedSite, Scope, load, name_problem
 from dynacut.shared.sites import SYNTAX as SITE_SYNTAX
 from dynacut.shared.target import Target
+
+if TYPE_CHECKING:
+    from dynacut.shared.library_file import LibraryFile
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +37,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--as", dest="name", metavar="NAME", help="the feature's name (default: the first SITE)")
     what.add_argument("--enable", nargs="+", default=[], metavar="NAME", help="put these features' bytes back")
     what.add_argument("--undo", action="store_true", help="put everything back")
+    what.add_argument(
+        "--learned",
+        action="store_true",
+        help="list the blocks that `learn` has put back, in the order of their hits; with -o F, as a drcov log",
+    )
+    what.add_argument(
+        "--handler",
+        metavar="LIB.so[:SYMBOL]",
+        help="load this library; its SIGTRAP handler (default: trap_handler) gets the program's own traps, and hits of "
+        "sites with the action handler; alone, or with --disable or --plan",
+    )
+    what.add_argument(
+        "--handler-at", type=_address, metavar="0xADDRESS", help="where to load it (default: a free place)"
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--scope",
@@ -65,12 +84,19 @@ class Request:
                 ("--disable", bool(arguments.disable)),
                 ("--enable", bool(arguments.enable)),
                 ("--undo", arguments.undo),
+                ("--learned", arguments.learned),
             )
             if given
         ]
         if len(asked) > 1:
             raise _usage(f"{' and '.join(asked)} exclude each other", "do one after the other")
-        self.changes = bool(asked)
+        if arguments.handler is not None and (arguments.enable or arguments.undo):
+            raise _usage("--handler installs, and --enable and --undo take away", "do one after the other")
+        if arguments.handler_at is not None and arguments.handler is None:
+            raise _usage("--handler-at places a library", "give the library by --handler LIB.so")
+        if arguments.learned and arguments.handler is not None:
+            raise _usage("--handler installs, and --learned only shows", "do one after the other")
+        self.changes = (bool(asked) and not arguments.learned) or arguments.handler is not None
         if arguments.feature and arguments.plan is None:
             raise _usage("--feature chooses among the features of a plan", "give the plan by --plan FILE")
         if (arguments.on_hit is not None or arguments.name is not None) and not arguments.disable:
@@ -78,8 +104,15 @@ class Request:
         if arguments.scope is not None and not arguments.disable and arguments.plan is None:
             raise _usage("--scope belongs to --disable or --plan", "what is put back is put back whole")
         if arguments.dry_run and not self.changes:
-            raise _usage("--dry-run without a change to try", "add --plan, --disable, --enable or --undo")
+            raise _usage("--dry-run without a change to try", "add --plan, --disable, --handler, --enable or --undo")
         self._plan = self._planned()
+        self._library: LibraryFile | None = None
+        if arguments.handler is not None:
+            from dynacut.shared.library_file import LibraryFile
+
+            self._library = LibraryFile.parse(arguments.handler)
+            if unrun := self._library.constructors:
+                warn(f"{arguments.handler}: its constructors do not run: {', '.join(unrun)}")
 
     def resolve(self, target: Target, table: Table | None) -> PatchSet:
         """What is to be done to one target; DynacutError if it does not fit."""
@@ -91,13 +124,17 @@ class Request:
         known = set(table.features) if table else set()
         if table and arguments.disable and known.issuperset(arguments.disable) and not self._describes_anew:
             return resolve.disable_again(arguments.disable, target, table)
-        assert self._plan is not None
-        return resolve.disable(self._plan, target, table)
+        library = self._library.load(target, table, arguments.handler_at) if self._library else None
+        if self._plan is None:
+            assert library is not None
+            return resolve.install(library, table)
+        return resolve.disable(self._plan, target, table, library)
 
     @property
     def _describes_anew(self) -> bool:
         arguments = self._arguments
-        return any(given is not None for given in (arguments.on_hit, arguments.name, arguments.scope))
+        described = (arguments.on_hit, arguments.name, arguments.scope, arguments.handler)
+        return any(given is not None for given in described)
 
     def _planned(self) -> Plan | None:
         arguments = self._arguments
@@ -126,6 +163,13 @@ class Request:
 
 def _usage(problem: str, advice: str) -> DynacutError:
     return DynacutError(problem, advice, status=ExitStatus.USAGE)
+
+
+def _address(text: str) -> int:
+    try:
+        return int(text, 16)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no address such as 0x7f0000000000") from None
 
 
 def _seconds(text: str) -> float:

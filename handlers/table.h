@@ -18,6 +18,7 @@
 #define DYNACUT_VERSION 1
 #define DYNACUT_SLOTS 124 /* (DYNACUT_CODE_SIZE - 4096) / 1024 */
 #define DYNACUT_SIGNALS 64
+#define DYNACUT_PATH 1024
 
 enum dynacut_action {
 	DYNACUT_TERMINATE = 1, /* argument: exit status, or -1: die by SIGTRAP at the site */
@@ -25,8 +26,9 @@ enum dynacut_action {
 	DYNACUT_RETURN = 3, /* argument: value for the caller; only at a function's entry */
 	DYNACUT_SKIP = 4, /* argument: bytes to go on after the site */
 	DYNACUT_LEARN = 5, /* put the original bytes back and go on; the counter tells the order of the hits */
-	DYNACUT_HANDLER = 6, /* pass to the user's own handler */
+	DYNACUT_HANDLER = 6, /* pass to the handler of the user's library */
 	DYNACUT_EDIT = 7, /* plain byte edit: nothing is trapped */
+	DYNACUT_UNMAP = 8, /* no site: `argument` bytes of whole pages from here on are unmapped; length 0 */
 };
 
 /* struct kernel_sigaction of x86-64, as rt_sigaction(2) takes and gives it. */
@@ -91,6 +93,11 @@ struct dynacut_table {
 	struct dynacut_sigaction input[DYNACUT_SIGNALS]; /* for remote rt_sigaction calls, by signal number - 1 */
 	struct dynacut_sigaction output[DYNACUT_SIGNALS];
 	uint8_t slot_done[DYNACUT_SLOTS]; /* set by a stub as its last act but restoring the registers */
+	struct dynacut_sigaction user; /* the user's library's: for hits of DYNACUT_HANDLER and traps that are no hits */
+	/* Where that library lies, and what it is. It stays mapped, and this recorded, when `user` is zero again. */
+	uint64_t library;
+	uint8_t library_digest[32]; /* SHA-256 of its file */
+	char library_path[DYNACUT_PATH]; /* UTF-8, zero-terminated; shortened where it does not fit */
 };
 
 #endif

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from dynacut.handlers.blob import HANDLER_ENTRY
@@ -40,6 +40,8 @@ _BANK = struct.Struct("<4I")
 _SITE = struct.Struct("<QQ5IB3x")
 _REPAIR = struct.Struct("<IIQQ")
 _ACTION = struct.Struct("<4Q")
+_PATH_SIZE = 1024
+_LIBRARY = struct.Struct(f"<Q32s{_PATH_SIZE}s")
 
 VERSION_OFFSET = 8
 GENERATION_OFFSET = 12
@@ -50,6 +52,8 @@ PREVIOUS_OFFSET = OBSERVED_OFFSET + _ACTION.size
 INPUT_OFFSET = PREVIOUS_OFFSET + _ACTION.size
 OUTPUT_OFFSET = INPUT_OFFSET + 64 * _ACTION.size
 SLOT_DONE_OFFSET = OUTPUT_OFFSET + 64 * _ACTION.size
+USER_OFFSET = -(-(SLOT_DONE_OFFSET + SLOT_COUNT) // 8) * 8
+LIBRARY_OFFSET = USER_OFFSET + _ACTION.size
 
 
 class TableError(ValueError):
@@ -70,6 +74,7 @@ class Action(IntEnum):
     LEARN = 5
     HANDLER = 6
     EDIT = 7
+    UNMAP = 8
 
 
 class RepairKind(IntEnum):
@@ -119,6 +124,10 @@ class TableSite:
         """The address behind the last patched byte."""
         return self.address + len(self.old)
 
+    def key(self) -> tuple[int, int]:
+        """For sorting: what patches no bytes comes first, or the handler would find it instead of the site it hides."""
+        return self.address, len(self.old)
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -137,6 +146,50 @@ class Write:
 
     offset: int
     data: bytes
+
+
+@dataclass(frozen=True)
+class UserLibrary:
+    """The user's handler library, as the table records it. It stays mapped when it is out of force."""
+
+    action: KernelAction = KernelAction()
+    """How its handler is called; a handler of 0 is out of force."""
+    start: int = 0
+    """The absolute address it is mapped at; 0: there is none."""
+    digest: bytes = bytes(32)
+    """SHA-256 of its file."""
+    path: str = ""
+
+    @property
+    def is_in_force(self) -> bool:
+        """Whether traps go to it."""
+        return self.action.handler != 0
+
+    def out_of_force(self) -> UserLibrary:
+        """The same library, with no trap going to it."""
+        return replace(self, action=KernelAction())
+
+    def writes(self) -> Iterator[Write]:
+        """The writes, in their order, that record it. The handler's address puts it in force: what belongs to it is
+        there before it, and until it is gone.
+        """
+        path = self.path.encode(errors="surrogateescape")
+        if len(path) >= _PATH_SIZE:
+            path = b"..." + path[-(_PATH_SIZE - 4) :]
+        action = self.action.pack()
+        address = Write(USER_OFFSET, action[:8])
+        rest = Write(USER_OFFSET + 8, action[8:] + _LIBRARY.pack(self.start, self.digest, path))
+        yield from (rest, address) if self.is_in_force else (address, rest)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> UserLibrary:
+        """Reads what a table's header records."""
+        start, digest, path = _LIBRARY.unpack_from(data, LIBRARY_OFFSET)
+        name = path.split(b"\0", 1)[0].decode(errors="surrogateescape")
+        return cls(KernelAction.unpack(data, USER_OFFSET), start, digest, name)
+
+
+NO_LIBRARY = UserLibrary()
 
 
 @dataclass(frozen=True)
@@ -210,6 +263,7 @@ class Table:
     observed: KernelAction
     previous: KernelAction
     repairs: tuple[Repair, ...]
+    user: UserLibrary = NO_LIBRARY
 
     @property
     def sites(self) -> tuple[TableSite, ...]:
@@ -268,7 +322,7 @@ class Table:
         records = bytearray()
         counter_count = 0
         new_counters = []
-        for site in sorted(sites, key=lambda site: site.address):
+        for site in sorted(sites, key=TableSite.key):
             placed = known.get(site)
             if placed is None:
                 placed = _Placed(site, next(free_counters), heap_used + len(heap))
@@ -402,6 +456,7 @@ class Table:
             observed,
             previous,
             tuple(repairs),
+            UserLibrary.unpack(data),
         )
 
 
@@ -423,16 +478,18 @@ def _parse_sites(
         except ValueError:
             raise TableError(f"a site with unknown action {number}") from None
         needed = 2 * length if action == Action.EDIT else length
+        is_unmapping = action == Action.UNMAP
         if (
-            address < end
-            or length == 0
+            (address < end and not is_unmapping)
+            or (length == 0) is not is_unmapping
+            or (is_unmapping and not _is_page_range(address, argument))
             or address + length >= 1 << 64
             or counter >= counter_count
             or feature >= len(features)
             or bytes_offset + needed > heap_used
         ):
             raise TableError(f"the entry of site {address:#x} does not fit the table")
-        end = address + length
+        end = max(end, address + length)
         old = bytes(data[layout.heap + bytes_offset : layout.heap + bytes_offset + length])
         new = b"\xcc" * length
         if action == Action.EDIT:
@@ -464,6 +521,10 @@ def _unpack_name(data: bytes, offset: int) -> str:
 
 def _pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
+
+
+def _is_page_range(address: int, size: int) -> bool:
+    return address % _PAGE == 0 and size % _PAGE == 0 and size > 0 and address + size <= 1 << 47
 
 
 def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:

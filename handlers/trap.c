@@ -160,11 +160,41 @@ static bool write_text(uint64_t address, const uint8_t *bytes, uint32_t length)
 	return false;
 }
 
-/* Does for a SIGTRAP that is not ours what the kernel would have done without us. */
+/* Calls a handler as the kernel would have. Our own frame blocks nothing (SA_NODEFER); the return from it restores the
+ * interrupted mask. */
+static void call(struct dynacut_sigaction *action, uint64_t address, int signal, struct siginfo *info,
+		 struct ucontext *context)
+{
+	uint64_t mask = action->mask | (action->flags & SA_NODEFER ? 0 : 1ul << (SIGTRAP - 1));
+	void (*handler)(int, struct siginfo *, struct ucontext *) =
+		(void (*)(int, struct siginfo *, struct ucontext *))address;
+
+	system_call(__NR_rt_sigprocmask, SIG_BLOCK, (long)&mask, 0, sizeof(mask));
+	if (action->flags & SA_RESETHAND)
+		action->handler = 0;
+	handler(signal, info, context);
+}
+
+/* Gives a trap to the user's library, if there is one. The patcher may take it away at any moment: its address is read
+ * once. */
+static bool pass_to_user(int signal, struct siginfo *info, struct ucontext *context)
+{
+	uint64_t address = __atomic_load_n(&dynacut_table.user.handler, __ATOMIC_ACQUIRE);
+
+	if (address == 0)
+		return false;
+	call(&dynacut_table.user, address, signal, info, context);
+	return true;
+}
+
+/* Does for a SIGTRAP that is not ours what the user's library says, or else what the kernel would have done without
+ * us. */
 static void pass_on(int signal, struct siginfo *info, struct ucontext *context)
 {
 	struct dynacut_sigaction *next = &dynacut_table.observed;
 
+	if (pass_to_user(signal, info, context))
+		return;
 	if (next->handler == (uint64_t)&dynacut_trap)
 		next = &dynacut_table.previous;
 
@@ -182,15 +212,7 @@ static void pass_on(int signal, struct siginfo *info, struct ucontext *context)
 		system_call(__NR_tgkill, process, system_call(__NR_gettid, 0, 0, 0, 0), SIGTRAP, 0);
 		return;
 	}
-
-	/* Our own frame blocks nothing (SA_NODEFER); the return from it restores the interrupted mask. */
-	uint64_t mask = next->mask | (next->flags & SA_NODEFER ? 0 : 1ul << (SIGTRAP - 1));
-	system_call(__NR_rt_sigprocmask, SIG_BLOCK, (long)&mask, 0, sizeof(mask));
-	void (*handler)(int, struct siginfo *, struct ucontext *) =
-		(void (*)(int, struct siginfo *, struct ucontext *))next->handler;
-	if (next->flags & SA_RESETHAND)
-		next->handler = 0;
-	handler(signal, info, context);
+	call(next, next->handler, signal, info, context);
 }
 
 __attribute__((section(".text.entry"))) void dynacut_trap(int signal, struct siginfo *info, struct ucontext *context)
@@ -226,8 +248,10 @@ __attribute__((section(".text.entry"))) void dynacut_trap(int signal, struct sig
 	else
 		__atomic_fetch_add(&counters[site.counter], 1, __ATOMIC_RELAXED);
 
-	/* In the midst of a wiped block no action fits but the two that do not depend on where in the function we are. */
-	if (trap != site.address && site.action != DYNACUT_LEARN && site.action != DYNACUT_TERMINATE) {
+	/* In the midst of a wiped block no action fits but those that do not depend on where in the function we are; a
+	 * library sees that for itself. */
+	if (trap != site.address && site.action != DYNACUT_LEARN && site.action != DYNACUT_TERMINATE &&
+	    site.action != DYNACUT_HANDLER) {
 		die_at(context, trap);
 		return;
 	}
@@ -253,6 +277,10 @@ __attribute__((section(".text.entry"))) void dynacut_trap(int signal, struct sig
 		if (site.argument != UINT64_MAX)
 			system_call(__NR_exit_group, (long)site.argument, 0, 0, 0);
 		die_at(context, trap);
+		return;
+	case DYNACUT_HANDLER:
+		if (!pass_to_user(signal, info, context))
+			die_at(context, trap);
 		return;
 	default:
 		die_at(context, trap);

@@ -139,7 +139,7 @@ def _apply(patcher: Patcher, patches: PatchSet, outcome: Outcome, process: Proce
                 "other processes of the tree were changed already; --undo takes that back",
             )
         raise
-    outcome.changed = outcome.changed or bool(patches.edits) or patches.features != patches.before_features
+    outcome.changed = outcome.changed or patches.changes
 
 
 def _ended(process: Process) -> DynacutError:

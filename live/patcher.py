@@ -37,13 +37,24 @@ from dynacut.live.slots import retire, write_all
 from dynacut.live.tracee import each_stopped, prompt_stops
 from dynacut.live.window import write_in_window
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.holes import Patched
 from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.region import Region, find_region, is_our_handler, new_table, original_action, read_table
 from dynacut.shared.target import SIGTRAP
 
 _INT3 = 0xCC
-_QUIESCE_PAUSE = 0.001
+_LOOK_PAUSE = 0.001
+_STAYS = (
+    "stays in the handler",
+    "all bytes are put back, the handler is still installed; run --undo again",
+    ExitStatus.CHECK_FAILED,
+)
+_NOT_SEEN = (
+    "could not be stopped for an instant",
+    "nothing was disabled; try again with a longer --timeout, or use `dynacut offline` on a checkpoint of it",
+    ExitStatus.REFUSED,
+)
 
 
 @dataclass
@@ -81,6 +92,7 @@ class Patcher:
                 case HandlerChange.INSTALL:
                     self._switch_off(patches)
                 case HandlerChange.KEEP:
+                    self._fill(patches)
                     self._write(patches.edits)
                     self._set_contents(patches)
                 case HandlerChange.REMOVE:
@@ -98,6 +110,10 @@ class Patcher:
     def _switch_off(self, patches: PatchSet) -> None:
         region, table, outgrown = self._prepare(patches)
         try:
+            if patches.library is not None:
+                if not patches.library.is_mapped:
+                    self._remote.map_segments(region, patches.library.segments)
+                write_all(self.process, region, patches.library.record.writes())
             restorers = self._install(region, table)
             if outgrown is not None:
                 retire(self.process, outgrown)
@@ -105,6 +121,7 @@ class Patcher:
         except DynacutError as error:
             self._retreat(patches, error)
             raise
+        self._remote.unmap(region, patches.unmap)
 
     def _prepare(self, patches: PatchSet) -> tuple[Region, Table, Region | None]:
         """A region whose table holds the patch set's contents, and the region that was too small for them."""
@@ -124,7 +141,7 @@ class Patcher:
         if found is not None and old is None and found.region.table_size == layout.size:
             region = found.region  # mapped by a patcher that was killed before it filled it
         else:
-            region = self._remote.map_region(layout, self.magic)
+            region = self._remote.map_region(layout, self.magic, patches.library.range if patches.library else range(0))
         process.write(region.code, handler_code())
         write_all(process, region, new_table(layout, old, patches.features, patches.sites))
         table = read_table(process, region)
@@ -152,6 +169,9 @@ class Patcher:
                     ours = region.action(replaced)
                     remote.sigactions(region, {SIGTRAP: ours})
             write_all(process, region, [Write(OBSERVED_OFFSET, ours.pack())])
+            # A fork copies the signal actions before the memory (copy_process in kernel/fork.c): a child of one that
+            # began before this must not get an int3 without the handler.
+            self._see_threads(region, _NOT_SEEN)
         repairs = masks.unmask_handlers(process, region, table, remote, actions)
         masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock, self._deadline)
         if not task_status(process.pid).caught & masks.SIGTRAP_BIT:
@@ -161,7 +181,14 @@ class Patcher:
             )
         return frozenset(action.restorer for action in actions.values() if action.handler > 1)
 
+    def _fill(self, patches: PatchSet) -> None:
+        """Maps unmapped pages back: first of all, as they hold the old bytes at once."""
+        found = find_region(self.process, self.magic) if patches.fill else None
+        if found is not None:
+            self._remote.map_files(found.region, patches.fill)
+
     def _undo(self, patches: PatchSet) -> None:
+        self._fill(patches)
         self._write(patches.edits)
         found = find_region(self.process, self.magic)
         if found is not None and found.table is not None:
@@ -170,7 +197,7 @@ class Patcher:
     def _remove(self, region: Region, table: Table) -> None:
         """Takes the handler out of force and empties its table; the sites' bytes are back already."""
         process, remote = self.process, self._remote
-        self._quiesce(region)
+        self._see_threads(region, _STAYS)
         actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masks.masked_signals(table)]))
         changed: dict[int, KernelAction] = {}
         if is_our_handler(process, actions.pop(SIGTRAP).handler, self.magic):
@@ -179,6 +206,7 @@ class Patcher:
         if changed:
             remote.sigactions(region, changed)
         masks.block_threads_again(process, table.repairs, self.clock)
+        write_all(process, region, table.user.out_of_force().writes())
         write_all(process, region, table.repair_writes(()))
         write_all(process, region, table.update((), ()))
 
@@ -188,7 +216,8 @@ class Patcher:
             found = find_region(self.process, self.magic)
             if found is None or found.table is None:
                 return
-            if patches.before_sites:
+            if patches.had_handler:
+                write_all(self.process, found.region, patches.before_user.writes())
                 write_all(
                     self.process,
                     found.region,
@@ -200,11 +229,12 @@ class Patcher:
         except DynacutError:
             error.status = ExitStatus.UNKNOWN
 
-    def _quiesce(self, region: Region) -> None:
-        """Returns when no thread can any more be on its way into the handler.
+    def _see_threads(self, region: Region, otherwise: tuple[str, str, ExitStatus]) -> None:
+        """Returns when every thread has been seen once outside of the handler, and of all but a wait in the kernel.
 
-        A thread that has run into an int3 gets its SIGTRAP before it returns from the kernel; one that is seen outside
-        the kernel's exception path without a pending SIGTRAP, after the int3 bytes have gone, will not get one.
+        After the int3 bytes have gone, none can be on its way into the handler any more: a thread that has run into one
+        gets its SIGTRAP before it returns from the kernel, and is seen with it pending. otherwise: problem, advice and
+        status of the error if a thread is not seen so in time.
         """
         pid = self.process.pid
         clean: set[int] = set()
@@ -224,13 +254,10 @@ class Patcher:
                     clean.add(tracee.tid)
                 self.clock.add(tracee.stopped_ns)
             if any(tid not in clean for tid in unseen):
-                time.sleep(_QUIESCE_PAUSE)  # or a thread in the handler would be stopped again before it gets on
+                time.sleep(_LOOK_PAUSE)  # or a thread in the handler would be stopped again before it gets on
             if time.monotonic() > self._deadline:
-                raise DynacutError(
-                    f"a thread of {self.process.label} stays in the handler",
-                    "all bytes are put back, the handler is still installed; run --undo again",
-                    status=ExitStatus.CHECK_FAILED,
-                )
+                problem, advice, status = otherwise
+                raise DynacutError(f"a thread of {self.process.label} {problem}", advice, status=status)
 
     def _waits_outside(self, tid: int, region: Region) -> bool:
         """Whether a thread sleeps in a system call of the program's own, and so is on no way to the handler."""
@@ -265,10 +292,11 @@ class Patcher:
     def _check(self, patches: PatchSet) -> None:
         # A block to be learned may have been put back by its first hit already.
         learned = {site.address: site.old for site in patches.sites if site.action is Action.LEARN}
+        reader = Patched(self.process, self.table() if patches.unmap else None)
         wrong = [
             edit
             for edit in patches.edits
-            if self.process.read(edit.address, len(edit.new)) not in (edit.new, learned.get(edit.address))
+            if reader.read(edit.address, len(edit.new)) not in (edit.new, learned.get(edit.address))
         ]
         if wrong:
             raise DynacutError(

@@ -7,8 +7,9 @@ end: the registers are restored by the thread itself.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynacut.handlers.table import (
@@ -27,16 +28,21 @@ from dynacut.live.slots import MAX_STUB_SIZE, take_slot
 from dynacut.live.stub import Stub, restoring_tail
 from dynacut.live.tracee import REGISTER_NAMES, NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.holes import Hole
+from dynacut.shared.library import LibrarySegment
 from dynacut.shared.region import Region, choose_address
 from dynacut.shared.target import SIGTRAP
 
 _SYS_MMAP = 9
+_SYS_MUNMAP = 11
+_MAX_PATH = 64 * 32  # of the table's scratch, the input of 64 signal actions
 _SYS_RT_SIGACTION = 13
 _SIGSET_SIZE = 8
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x1, 0x2, 0x20, 0x4000, 0x100000
 _ACTION_SIZE = 32
 _ACTIONS_PER_SHOT = 16
+_SEGMENTS_PER_SHOT = 8
 _STOP_TIMEOUT = 0.5
 _RSEQ_CS_OFFSET = 8
 _MSG_WAITALL = 0x100
@@ -74,14 +80,14 @@ class Remote:
         self._clock = clock
         self.deadline = deadline
 
-    def map_region(self, layout: Layout, magic: bytes = MAGIC) -> Region:
-        """Maps a new region, its table marked by the magic but without contents.
+    def map_region(self, layout: Layout, magic: bytes = MAGIC, taken: range = range(0)) -> Region:
+        """Maps a new region, its table marked by the magic but without contents. taken: addresses it must leave free.
 
         Raises:
             DynacutError: the process does not get the memory, or no thread can be stopped.
         """
         process = self._process
-        region = choose_address(process, layout)
+        region = choose_address(process, layout, taken)
         stub = Stub()
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
         code_protection = _PROT_READ | _PROT_EXEC
@@ -111,6 +117,76 @@ class Remote:
         process.refresh()
         return region
 
+    def map_segments(self, region: Region, segments: Sequence[LibrarySegment]) -> None:
+        """Maps a library's segments and fills them.
+
+        Raises:
+            DynacutError: the process does not get the memory, or no thread can be stopped.
+        """
+        process = self._process
+        flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
+        for first in range(0, len(segments), _SEGMENTS_PER_SHOT):
+            stub = Stub()
+            for segment in segments[first : first + _SEGMENTS_PER_SHOT]:
+                stub.syscall(_SYS_MMAP, segment.address, segment.size, segment.protection, flags, -1, 0)
+                stub.require(segment.address)
+            if not self._run(stub, region):
+                raise DynacutError(
+                    f"{process.label} could not map the library at {segments[0].address:#x}",
+                    "look at its limits of memory (prlimit --as, cgroup); `dynacut offline` does not need them",
+                )
+        process.refresh()
+        for segment in segments:
+            process.write(segment.address, segment.contents)
+
+    def unmap(self, region: Region, holes: Sequence[Hole]) -> None:
+        """Unmaps pages, in which no thread is nor will be any more.
+
+        Raises:
+            DynacutError: not all are gone; what stays mapped stays as it is.
+        """
+        for first in range(0, len(holes), _SEGMENTS_PER_SHOT):
+            stub = Stub()
+            for hole in holes[first : first + _SEGMENTS_PER_SHOT]:
+                stub.syscall(_SYS_MUNMAP, hole.start, hole.end - hole.start)
+                stub.require(0)
+            if not self._run(stub, region):
+                raise DynacutError(
+                    f"{self._process.label} could not unmap all of {len(holes)} runs of pages",
+                    "all blocks are disabled nevertheless; the limit of mappings (vm.max_map_count) may be reached",
+                    status=ExitStatus.CHECK_FAILED,
+                )
+        if holes:
+            self._process.refresh()
+
+    def map_files(self, region: Region, holes: Sequence[Hole]) -> None:
+        """Maps unmapped pages of files back, and verifies that they are those of the same file.
+
+        Raises:
+            DynacutError: they are not; what could be mapped is mapped.
+        """
+        process = self._process
+        name = region.table + INPUT_OFFSET
+        flags = _MAP_PRIVATE | _MAP_FIXED_NOREPLACE
+        for hole in holes:
+            path = os.fsencode(hole.mapping.path) + b"\0"
+            if len(path) > _MAX_PATH:
+                raise DynacutError(f"{hole.mapping.path}: the name is too long", status=ExitStatus.CHECK_FAILED)
+            process.write(name, path)
+            stub = Stub()
+            size = hole.end - hole.start
+            stub.map_opened(name, hole.start, size, _PROT_READ | _PROT_EXEC, flags, hole.file_offset)
+            done = self._run(stub, region)
+            process.write(name, bytes(len(path)))
+            process.refresh()
+            new = next((part for part in process.mappings if part.start <= hole.start < part.end), None)
+            if not done or new is None or new.inode != hole.mapping.inode:
+                raise DynacutError(
+                    f"{process.label} could not map {hole.mapping.path} at {hole.start:#x} again",
+                    "the file was replaced, or the process may not read it: only a restart brings the pages back",
+                    status=ExitStatus.CHECK_FAILED,
+                )
+
     def sigactions(self, region: Region, actions: Mapping[int, KernelAction | None]) -> dict[int, KernelAction]:
         """Sets the process's actions for signals, as rt_sigaction(2) does; None only reads.
 
@@ -129,12 +205,7 @@ class Remote:
                     given = region.table + INPUT_OFFSET + (number - 1) * _ACTION_SIZE
                     process.write(given, action.pack())
                 stub.syscall(_SYS_RT_SIGACTION, number, given, _output(region, number, action), _SIGSET_SIZE)
-            slot = take_slot(process, region)
-            assert slot.done is not None
-            stub.set_byte(slot.done)
-            self._shoot(stub, slot.address)
-            done = slot.done
-            if not self._wait(lambda done=done: process.read(done, 1) == b"\1"):
+            if not self._run(stub, region):
                 raise DynacutError(
                     f"a thread of {process.label} was sent through a stub and did not come to its end in time",
                     "run `dynacut live` on it again to see what is in force",
@@ -147,6 +218,15 @@ class Remote:
                 process.write(region.table + INPUT_OFFSET + (number - 1) * _ACTION_SIZE, bytes(_ACTION_SIZE))
                 process.write(region.table + OUTPUT_OFFSET + (number - 1) * _ACTION_SIZE, bytes(_ACTION_SIZE))
         return before
+
+    def _run(self, stub: Stub, region: Region) -> bool:
+        """Sends one thread through a stub in the region; whether it came to the stub's end, and that in time."""
+        slot = take_slot(self._process, region)
+        done = slot.done
+        assert done is not None
+        stub.set_byte(done)
+        self._shoot(stub, slot.address)
+        return self._wait(lambda: self._process.read(done, 1) == b"\1")
 
     def _shoot(self, stub: Stub, slot: int) -> None:
         """Sends one thread through a stub at a slot; returns when it has been let go, not when it has run."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dynacut.handlers.table import TRACE_MAGIC, Table
+from dynacut.handlers.table import TRACE_MAGIC, Table, UserLibrary
 from dynacut.offline import patcher
 from dynacut.offline.criu_options import RECORD_NAME, Record
 from dynacut.offline.image_tasks import read_tasks
@@ -16,8 +16,9 @@ from dynacut.offline.layer import Written, write_image
 from dynacut.offline.patcher import SIGTRAP_BIT
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.holes import Patched
 from dynacut.shared.patch_set import PatchSet
-from dynacut.shared.region import find_region, is_our_handler
+from dynacut.shared.region import find_region, is_our_handler, user_of
 from dynacut.shared.report import FeatureReport, Inspection, features_of, foreign_changes
 from dynacut.shared.target import SIGTRAP, Target
 
@@ -66,7 +67,7 @@ def change(
             continue
         patcher.apply(process, patches)
         outcome.edits += len(patches.edits)
-        outcome.changed = outcome.changed or bool(patches.edits) or patches.features != patches.before_features
+        outcome.changed = outcome.changed or patches.changes
     if not dry_run:
         assert output is not None
         outcome.written = write_image(image, output, flat=flat, extra={RECORD_NAME: _record(image.path)})
@@ -91,16 +92,17 @@ def _chosen(image: Image, pids: Sequence[int]) -> list[ImageProcess]:
 def inspect(process: ImageProcess, *, thorough: bool = True) -> Inspection:
     """Looks at one process; thorough: also at what other tools have patched."""
     found = find_region(process)
-    codes = CodeOf(process)
+    codes = CodeOf(Patched(process, found.table if found else None))
     features = features_of(process, found.table if found else None, codes)
+    library = user_of(found.table if found else None)
     tables = [one.table for one in (found, find_region(process, TRACE_MAGIC)) if one is not None and one.table]
     foreign = foreign_changes(process, tables, codes) if thorough else []
-    warnings = tuple(_warnings(process, features))
-    return Inspection(process.pid, process.exe, tuple(process.modules), features, tuple(foreign), warnings)
+    warnings = tuple(_warnings(process, features, library))
+    return Inspection(process.pid, process.exe, tuple(process.modules), features, tuple(foreign), warnings, library)
 
 
-def _warnings(process: ImageProcess, features: Sequence[FeatureReport]) -> list[str]:
-    if not any(feature.patched for feature in features):
+def _warnings(process: ImageProcess, features: Sequence[FeatureReport], library: UserLibrary) -> list[str]:
+    if not library.is_in_force and not any(feature.patched for feature in features):
         return []
     warnings = []
     if not is_our_handler(process, process.action(SIGTRAP).handler):

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dynacut.offline.images.files import ImageFolder
+from dynacut.offline.images.files import MAX_PARENTS, ImageFolder, copy_range
 from dynacut.offline.images.image import Image
-from dynacut.offline.images.pages import PARENT, PRESENT, Extent
+from dynacut.offline.images.pages import PARENT, PRESENT, Extent, pages_name
 from dynacut.offline.images.process import ImageProcess
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import PAGE_SIZE
@@ -50,13 +50,16 @@ def write_image(image: Image, output: Path, *, flat: bool, extra: dict[str, byte
     Raises:
         DynacutError: the directory is not free, or cannot be written; nothing is left of it.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DynacutError(f"{output} exists already", "give a new directory by -o OUT_DIR")
     partial = None
     try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise DynacutError(f"{output} exists already", "give a new directory by -o OUT_DIR")
+        if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(image.path)):
+            raise DynacutError(f"{output} lies within the image", "it is never modified; give another directory by -o")
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        written = Written(output, not flat and _can_link(image, partial))
+        # A layer has a parent more.
+        written = Written(output, not flat and image.depth < MAX_PARENTS and _can_link(image, partial))
         writer = _LayerWriter(image, partial, written) if written.is_layer else _FlatWriter(image, partial, written)
         writer.write()
         for name, data in extra.items():
@@ -118,7 +121,6 @@ class _LayerWriter(_Writer):
         """Writes the layer."""
         replaced = set(self._new)
         repaged = self._repaged()
-        has_parent = self._image.folder.parent()
         for process in repaged:
             pages = process.memory.pages
             replaced.add(pages.name)
@@ -127,43 +129,59 @@ class _LayerWriter(_Writer):
         self._link_all(self._image.folder, Path(), replaced)
         for name, data in self._new.items():
             self.put(Path(name), data)
-        if has_parent is not None:
-            # The original's parent moves one level deeper, for the processes that change. Those that do not find it in
-            # between as well, where what it has from parents of its own is found the same way.
-            ours = {
-                name for process in repaged for name in (process.memory.pages.name, process.memory.pages.pages_name)
-            }
-            self._link_all(has_parent, Path(_PARENT), ours)
-            self._link_chain(has_parent, Path(_PARENT, _PARENT))
-            has_parent.close()
+        taken = self._link_parent(repaged)
         for process in repaged:
+            below = process.memory.pages.pages_id
+            while pages_name(below) in taken:
+                below = (below + 1) % (1 << 32)
+            taken.add(pages_name(below))
             if _touches_held_pages(process):
-                self._write_over(process)
+                self._write_over(process, below)
             else:
-                self._write_under(process)
+                self._write_under(process, below)
 
-    def _write_under(self, process: ImageProcess) -> None:
-        """The image's own pages stay on top; the written ones come from below."""
+    def _link_parent(self, repaged: list[ImageProcess]) -> set[str]:
+        """Moves the original's parent one level deeper; the names that are then taken in between.
+
+        Processes that do not change find there what they have from the parent, and what that has from parents of its
+        own is found the same way. Each dump numbers its pages files anew, so other processes' may have the number of
+        one that changes.
+        """
+        parent = self._image.folder.parent()
+        if parent is None:
+            return set()
+        with parent:
+            ours = {process.memory.pages.name for process in repaged}
+            ours |= {below.pages_name for process in repaged if (below := process.memory.pages.parent) is not None}
+            self._link_all(parent, Path(_PARENT), ours)
+            self._link_chain(parent, Path(_PARENT, _PARENT))
+            return set(parent.image_names()) - ours
+
+    def _write_under(self, process: ImageProcess, pages_id: int) -> None:
+        """The image's own pages stay on top; the written ones come from below. pages_id: of the pages file there."""
         pages, written = process.memory.pages, process.memory.written
         own = list(_without(process.memory.extents(), written))
         below = [Extent(start, end, -1, PARENT) for start, end in _runs(written)]
-        self.put(Path(pages.name), pages.with_extents(sorted([*own, *below], key=_start)))
+        self.put(Path(pages.name), pages.with_extents(sorted([*own, *below], key=_start), pages.pages_id))
         if not written and not any(extent.in_parent for extent in own):
             return
         # A page of the original's parent is found one level deeper.
         deeper = [extent for extent in own if extent.in_parent]
-        self._put_pages(process, deeper, Path(_PARENT))
+        self._put_pages(process, deeper, Path(_PARENT), pages_id)
 
-    def _write_over(self, process: ImageProcess) -> None:
-        """The written pages come on top; all others from the original, below."""
+    def _write_over(self, process: ImageProcess, pages_id: int) -> None:
+        """The written pages come on top; all others from the original, below. pages_id: of its pages file there."""
         folder, pages = self._image.folder, process.memory.pages
         kept = _without(process.memory.extents(), process.memory.written)
         below = [Extent(extent.start, extent.end, -1, PARENT) for extent in kept]
-        self._put_pages(process, below, Path())
-        for name in (pages.name, pages.pages_name):
-            self._link(folder, name, Path(_PARENT, name))
+        self._put_pages(process, below, Path(), pages.pages_id)
+        if pages_id == pages.pages_id:
+            self._link(folder, pages.name, Path(_PARENT, pages.name))
+        else:
+            self.put(Path(_PARENT, pages.name), pages.with_extents(pages.extents, pages_id))
+        self._link(folder, pages.pages_name, Path(_PARENT, pages_name(pages_id)))
 
-    def _put_pages(self, process: ImageProcess, others: list[Extent], where: Path) -> None:
+    def _put_pages(self, process: ImageProcess, others: list[Extent], where: Path, pages_id: int) -> None:
         """A pagemap with the written pages and others that are a parent's, and the pages file."""
         pages, written = process.memory.pages, process.memory.written
         extents = list(others)
@@ -171,12 +189,12 @@ class _LayerWriter(_Writer):
         for start, end in _runs(written):
             extents.append(Extent(start, end, offset, PRESENT))
             offset += end - start
-        self.put(where / pages.name, pages.with_extents(sorted(extents, key=_start)))
-        self.put(where / pages.pages_name, b"".join(written[page] for page in sorted(written)))
+        self.put(where / pages.name, pages.with_extents(sorted(extents, key=_start), pages_id))
+        self.put(where / pages_name(pages_id), b"".join(written[page] for page in sorted(written)))
 
     def _link_all(self, folder: ImageFolder, where: Path, replaced: set[str]) -> None:
         """Links the images of a directory, but for those that are replaced."""
-        for name in _kept_names(folder):
+        for name in folder.image_names():
             if name not in replaced:
                 self._link(folder, name, where / name)
 
@@ -185,8 +203,8 @@ class _LayerWriter(_Writer):
         self._link_all(folder, where, set())
         parent = folder.parent()
         if parent is not None:
-            self._link_chain(parent, where / _PARENT)
-            parent.close()
+            with parent:
+                self._link_chain(parent, where / _PARENT)
 
     def _link(self, folder: ImageFolder, name: str, where: Path) -> None:
         path = self._directory / where
@@ -209,7 +227,7 @@ class _FlatWriter(_Writer):
         for name, data in self._new.items():
             self.put(Path(name), data)
             done.add(name)
-        for name in _kept_names(folder):
+        for name in folder.image_names():
             if name not in done:
                 source = folder.open(name)
                 try:
@@ -219,9 +237,12 @@ class _FlatWriter(_Writer):
 
     def _copy(self, source: int, name: Path) -> None:
         output = os.open(self._directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        offset = 0
         try:
-            while count := os.copy_file_range(source, output, 1 << 30):
-                self._written.bytes_written += count
+            size = os.fstat(source).st_size
+            while size > offset and (count := copy_range(source, output, offset, size - offset)):
+                offset += count
+            self._written.bytes_written += offset
         finally:
             os.close(output)
 
@@ -235,8 +256,8 @@ class _FlatWriter(_Writer):
             offset = 0
             for extent in sorted([*kept, *new], key=_start):
                 if extent.start in written:
-                    pieces = [written[page] for page in range(extent.start, extent.end, PAGE_SIZE)]
-                    os.write(output, b"".join(pieces))
+                    for page in range(extent.start, extent.end, PAGE_SIZE):
+                        _write_all(output, written[page])
                 else:
                     pages.copy_to(output, extent)
                 flags = extent.flags & ~PARENT | PRESENT
@@ -246,16 +267,13 @@ class _FlatWriter(_Writer):
             os.close(output)
         self._written.bytes_written += offset
         self._written.files.append(pages.pages_name)
-        self.put(Path(pages.name), pages.with_extents(extents))
+        self.put(Path(pages.name), pages.with_extents(extents, pages.pages_id))
 
 
-def _kept_names(folder: ImageFolder) -> Iterator[str]:
-    """The files of an image that belong into another one: not CRIU's logs and statistics, which each restore writes
-    anew, through a hard link into the original as well."""
-    for entry in os.scandir(folder.descriptor):
-        kept = entry.name.endswith(".img") or entry.name == "descriptors.json"
-        if kept and entry.is_file(follow_symlinks=False):
-            yield entry.name
+def _write_all(output: int, data: bytes) -> None:
+    """Writes it all: a disk that fills up takes a part first."""
+    while data:
+        data = data[os.write(output, data) :]
 
 
 def _touches_held_pages(process: ImageProcess) -> bool:

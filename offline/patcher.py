@@ -22,6 +22,8 @@ from dynacut.handlers.table import (
 from dynacut.offline.images.memory import PROT_EXEC, PROT_READ, PROT_WRITE
 from dynacut.offline.images.process import ImageProcess
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.holes import Hole
+from dynacut.shared.library import Library
 from dynacut.shared.occupancy import NO_FRAMES, Occupancy, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.region import (
@@ -44,20 +46,27 @@ def apply(process: ImageProcess, patches: PatchSet) -> None:
     Raises:
         DynacutError: it is not possible; the process in memory is then of no more use, the image is as it was.
     """
-    for address in {edit.address for edit in patches.edits}:
+    library = patches.library
+    for address in {*(edit.address for edit in patches.edits), *(library.bound_to if library else ())}:
         process.check_file(address)
     match patches.handler:
         case HandlerChange.INSTALL:
             region, table = _prepare(process, patches)
+            if library is not None:
+                _map_library(process, region, library)
             restorers = {process.action(number).restorer for number in process.caught_signals()}
             _install(process, region, table)
             _write(process, patches.edits, SignalFrames(frozenset(restorers), region.restorer))
+            for hole in patches.unmap:
+                process.memory.unmap(hole.start, hole.end)
         case HandlerChange.KEEP:
+            _fill(process, patches.fill)
             _write(process, patches.edits)
             found = find_region(process)
             if found is not None and found.table is not None and _differs(patches):
                 _write_table(process, found.region, found.table.update(patches.features, patches.sites))
         case HandlerChange.REMOVE:
+            _fill(process, patches.fill)
             _write(process, patches.edits)
             found = find_region(process)
             if found is not None and found.table is not None:
@@ -81,7 +90,7 @@ def _prepare(process: ImageProcess, patches: PatchSet) -> tuple[Region, Table]:
             return found.region, read_table(process, found.region)
     heap = sum(len(site.old) + len(site.new) for site in patches.sites)
     layout = Layout.for_contents(len(patches.sites), heap)
-    region = choose_address(process, layout)
+    region = choose_address(process, layout, patches.library.range if patches.library else range(0))
     process.memory.map_anonymous(region.code, CODE_SIZE, PROT_READ | PROT_EXEC)
     process.memory.map_anonymous(region.table, layout.size, PROT_READ | PROT_WRITE)
     process.write(region.code, handler_code())
@@ -92,6 +101,20 @@ def _prepare(process: ImageProcess, patches: PatchSet) -> tuple[Region, Table]:
         _write_table(process, region, table.carried_hits(old))
         process.write(found.region.table, RETIRED_MAGICS[MAGIC])
     return region, table
+
+
+def _fill(process: ImageProcess, holes: Iterable[Hole]) -> None:
+    """Maps unmapped pages of files back."""
+    for hole in holes:
+        process.memory.map_file(hole.start, hole.end, hole.mapping)
+
+
+def _map_library(process: ImageProcess, region: Region, library: Library) -> None:
+    """Maps a user's library where it is not mapped yet, and puts it in force."""
+    for segment in () if library.is_mapped else library.segments:
+        process.memory.map_anonymous(segment.address, segment.size, segment.protection)
+        process.write(segment.address, segment.contents)
+    _write_table(process, region, library.record.writes())
 
 
 def _install(process: ImageProcess, region: Region, table: Table) -> None:
@@ -131,6 +154,7 @@ def _remove(process: ImageProcess, region: Region, table: Table) -> None:
                 process.set_action(repair.id, replace(action, mask=action.mask | SIGTRAP_BIT))
         elif (thread := threads.get(repair.id)) is not None and thread.blocked | SIGTRAP_BIT == repair.mask:
             thread.blocked = repair.mask
+    _write_table(process, region, table.user.out_of_force().writes())
     _write_table(process, region, table.repair_writes(()))
     _write_table(process, region, table.update((), ()))
 

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from dynacut.shared.errors import DynacutError
@@ -31,7 +31,8 @@ _PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
 _SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")
 _NOTE = struct.Struct("<III")
 _DYNAMIC = struct.Struct("<qQ")
-_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_GNU_EH_FRAME = 1, 2, 4, 0x6474E550
+PT_DYNAMIC = 2
+_PT_LOAD, _PT_NOTE, _PT_GNU_EH_FRAME = 1, 4, 0x6474E550
 _PF_X, _PF_W = 1, 2
 SHT_NOBITS = 8
 _SHT_NOTE, _SHF_ALLOC = 7, 2
@@ -78,13 +79,15 @@ class Section:
 
 
 @dataclass(frozen=True)
-class _Range:
-    """A program header that is no PT_LOAD: where it lies in the file and as linked."""
+class ProgramHeader:
+    """A program header that is no PT_LOAD: where it lies in the file and as linked; flags are PF_ bits."""
 
     kind: int
+    flags: int
     file_offset: int
     address: int
     size: int
+    memory_size: int
     alignment: int
 
 
@@ -181,7 +184,7 @@ class ElfFile:
 
     def _parse_segments(self, table: memoryview) -> None:
         loads = []
-        self._ranges: list[_Range] = []
+        self._headers: list[ProgramHeader] = []
         for kind, flags, offset, vaddr, _, file_size, memory_size, align in _PROGRAM_HEADER.iter_unpack(table):
             if kind == _PT_LOAD:
                 if file_size > memory_size or vaddr + memory_size > _ADDRESS_LIMIT:
@@ -193,7 +196,7 @@ class ElfFile:
                     self._checked(offset, file_size)
                 loads.append((vaddr, offset, file_size, memory_size, bool(flags & _PF_X), bool(flags & _PF_W)))
             else:
-                self._ranges.append(_Range(kind, offset, vaddr, file_size, align))
+                self._headers.append(ProgramHeader(kind, flags, offset, vaddr, file_size, memory_size, align))
         if not loads:
             raise self.malformed("it has nothing to load")
         self.link_base = min(load[0] for load in loads) & -PAGE_SIZE
@@ -223,7 +226,7 @@ class ElfFile:
         self.sections = tuple(sections)
 
     def _find_build_id(self) -> str | None:
-        places = [(note.file_offset, note.size, note.alignment) for note in self._ranges if note.kind == _PT_NOTE]
+        places = [(note.file_offset, note.size, note.alignment) for note in self._headers if note.kind == _PT_NOTE]
         if self._debug_file:  # there, PT_NOTE may still say where the notes were in the stripped file
             places = [(note.file_offset, note.size, 4) for note in self.sections if note.kind == _SHT_NOTE]
         for file_offset, size, alignment in places:
@@ -276,17 +279,25 @@ class ElfFile:
         """Return size bytes at a module offset; DynacutError unless one PT_LOAD has them all in the file."""
         return bytes(self.view(offset, size))
 
+    def program_header(self, kind: int) -> ProgramHeader | None:
+        """Return the first program header of a kind (PT_, but PT_LOAD), or None."""
+        return next((header for header in self._headers if header.kind == kind), None)
+
+    @cached_property
+    def dynamic_entries(self) -> tuple[tuple[int, int], ...]:
+        """The dynamic section, in its order, as DT_ tags and values; addresses are vaddrs. Empty without one."""
+        place = self.program_header(PT_DYNAMIC)
+        if place is None or self._debug_file:
+            return ()
+        data = self.view(place.address - self.link_base, place.size & -_DYNAMIC.size)
+        return tuple(takewhile(lambda entry: entry[0] != 0, _DYNAMIC.iter_unpack(data)))
+
     @cached_property
     def dynamic(self) -> dict[int, int]:
         """The dynamic section by DT_ tag (the first of each); addresses are vaddrs. Empty without one."""
         entries: dict[int, int] = {}
-        for place in self._ranges:
-            if place.kind == _PT_DYNAMIC and not self._debug_file:
-                data = self.view(place.address - self.link_base, place.size & -_DYNAMIC.size)
-                for tag, value in _DYNAMIC.iter_unpack(data):
-                    if tag == 0:
-                        break
-                    entries.setdefault(tag, value)
+        for tag, value in self.dynamic_entries:
+            entries.setdefault(tag, value)
         return entries
 
     @cached_property
@@ -304,7 +315,5 @@ class ElfFile:
     @property
     def eh_frame_header(self) -> int | None:
         """The module offset of .eh_frame_hdr (PT_GNU_EH_FRAME): there even without section headers."""
-        for place in self._ranges:
-            if place.kind == _PT_GNU_EH_FRAME:
-                return place.address - self.link_base
-        return None
+        place = self.program_header(_PT_GNU_EH_FRAME)
+        return None if place is None else place.address - self.link_base

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from dynacut.handlers.table import TableSite
+from dynacut.handlers.table import NO_LIBRARY, TableSite, UserLibrary
+from dynacut.shared.holes import Hole
+from dynacut.shared.library import Library
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class HandlerChange(Enum):
 class PatchSet:
     """Everything a backend has to do.
 
-    edits ascend by address and do not overlap. features and sites are the table's contents afterwards; before_features
-    and before_sites are its contents before.
+    edits ascend by address and do not overlap. features and sites are the table's contents afterwards; before_features,
+    before_sites and before_user are its contents before. library: the user's, to be put in force; None leaves things as
+    they are, but that REMOVE takes any out of force.
     """
 
     edits: tuple[ByteEdit, ...]
@@ -50,18 +54,57 @@ class PatchSet:
     sites: tuple[TableSite, ...]
     before_features: tuple[str, ...] = ()
     before_sites: tuple[TableSite, ...] = ()
+    before_user: UserLibrary = NO_LIBRARY
+    library: Library | None = None
+    unmap: tuple[Hole, ...] = ()
+    """Pages to take away, after the edits."""
+    fill: tuple[Hole, ...] = ()
+    """Pages to map back, before the edits."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether the target is different afterwards."""
+        ends_library = self.handler is HandlerChange.REMOVE and self.before_user.is_in_force
+        return (
+            bool(self.edits or self.unmap or self.fill)
+            or self.features != self.before_features
+            or self.library is not None
+            or ends_library
+        )
+
+    @property
+    def had_handler(self) -> bool:
+        """Whether the handler was needed before."""
+        return bool(self.before_sites) or self.before_user.is_in_force
 
     def inverse(self) -> PatchSet:
-        """The patch set that takes this one back, to be applied after it."""
+        """The patch set that takes this one back, to be applied after it. Where the handler stays, a library does."""
         back = {HandlerChange.INSTALL: HandlerChange.REMOVE, HandlerChange.REMOVE: HandlerChange.INSTALL}
         handler = back.get(self.handler, HandlerChange.KEEP)
-        if handler is HandlerChange.REMOVE and self.before_sites:
-            handler = HandlerChange.KEEP  # other features need it
+        if handler is HandlerChange.REMOVE and self.had_handler:
+            handler = HandlerChange.KEEP
         return PatchSet(
             edits=tuple(edit.inverse() for edit in self.edits),
+            unmap=self.fill,
+            fill=self.unmap,
             handler=handler,
             features=self.before_features,
             sites=self.before_sites,
             before_features=self.features,
             before_sites=self.sites,
+            before_user=self.library.record if self.library else self.before_user,
         )
+
+
+def outside(edits: Iterable[ByteEdit], holes: Sequence[Hole]) -> tuple[ByteEdit, ...]:
+    """What remains of edits where pages are mapped back from their file, and so have the old bytes again."""
+    pieces = list(edits)
+    for hole in holes:
+        cut: list[ByteEdit] = []
+        for edit in pieces:
+            for start, end in ((edit.address, min(edit.end, hole.start)), (max(edit.address, hole.end), edit.end)):
+                if start < end:
+                    part = slice(start - edit.address, end - edit.address)
+                    cut.append(ByteEdit(start, edit.old[part], edit.new[part]))
+        pieces = cut
+    return tuple(pieces)

@@ -11,6 +11,7 @@ from dynacut.handlers.table import (
     CODE_SIZE,
     HEADER_SIZE,
     MAGIC,
+    NO_LIBRARY,
     PREVIOUS_OFFSET,
     RETIRED_MAGICS,
     VERSION_OFFSET,
@@ -19,6 +20,7 @@ from dynacut.handlers.table import (
     Table,
     TableError,
     TableSite,
+    UserLibrary,
     Write,
 )
 from dynacut.shared.errors import DynacutError
@@ -29,6 +31,8 @@ _SA_RESTORER = 0x04000000
 _SA_ONSTACK = 0x08000000
 _SA_RESTART = 0x10000000
 _SA_NODEFER = 0x40000000
+_PLACE_MASK = ~0x1FFFFF
+"""Places begin where a page table does."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,14 @@ class Region:
         if previous.handler <= 1 or previous.flags & _SA_RESTART:
             flags |= _SA_RESTART
         return KernelAction(self.handler, flags, self.restorer, 0)
+
+    @staticmethod
+    def user_action(handler: int) -> KernelAction:
+        """How the handler of a user's library, at an absolute address, is called.
+
+        SA_NODEFER: nothing is blocked in it, disabled code may lie in its way, as in ours.
+        """
+        return KernelAction(handler, _SA_SIGINFO | _SA_NODEFER)
 
     def contains_code(self, address: int) -> bool:
         """Whether an address lies in the handler or in a stub."""
@@ -157,10 +169,22 @@ def read_table(target: Target, region: Region) -> Table:
         ) from None
 
 
-def choose_address(target: Target, layout: Layout) -> Region:
-    """A place for a new region: below the libraries, at a distance that new mappings do not reach soon."""
+def choose_address(target: Target, layout: Layout, taken: range = range(0)) -> Region:
+    """A place for a new region. taken: addresses that are about to be mapped, and so must stay free.
+
+    Raises:
+        DynacutError: there is none.
+    """
     size = CODE_SIZE + layout.total_size
-    distance = 1 << 27  # near enough to share their page tables: one page to make instead of three
+    near = 1 << 27  # near enough to the libraries to share their page tables: one page to make instead of three
+    address = free_place(target, size, near, taken)
+    if address is None:
+        raise DynacutError(f"{target.label} has no gap in its address space for the handler's table ({size} bytes)")
+    return Region(address, layout.size)
+
+
+def free_place(target: Target, size: int, distance: int, taken: range = range(0)) -> int | None:
+    """An address below the libraries where size bytes are free, at a distance that new mappings do not reach soon."""
     mappings = target.mappings
     # The gap below the libraries is the largest one; the kernel places new mappings at its upper end, the heap grows
     # at its lower end.
@@ -172,10 +196,17 @@ def choose_address(target: Target, layout: Layout) -> Region:
     for length, start, end in sorted(gaps, reverse=True):
         if length < 4 * size:
             break
-        address = (end - min(max(distance, 2 * size), length // 2)) & ~0x1FFFFF
+        address = (end - min(max(distance, 2 * size), length // 2)) & _PLACE_MASK
+        if address <= taken.stop and taken.start <= address + size:
+            address = (taken.start - size - 1) & _PLACE_MASK
         if address > start and address + size < end:
-            return Region(address, layout.size)
-    raise DynacutError(f"{target.label} has no gap in its address space for the handler's table ({size} bytes)")
+            return address
+    return None
+
+
+def user_of(table: Table | None) -> UserLibrary:
+    """The user's library that a table records."""
+    return table.user if table else NO_LIBRARY
 
 
 def new_table(
@@ -190,8 +221,9 @@ def new_table(
     """
     fresh = Table.empty(layout, serial=old.serial + 1 if old else 1)
     if old is not None:
-        fresh = replace(fresh, previous=old.previous, repairs=old.repairs)
+        fresh = replace(fresh, previous=old.previous, repairs=old.repairs, user=old.user)
         yield Write(PREVIOUS_OFFSET, old.previous.pack())
+        yield from old.user.writes()
         yield from fresh.repair_writes(old.repairs)
     yield from fresh.update(features, sites)
     yield replace(fresh, generation=fresh.generation + 1).header()

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from dynacut.handlers.table import Action, Table, TableSite
+from dynacut.handlers.table import NO_LIBRARY, Action, Table, TableSite, UserLibrary
 from dynacut.shared.code import CodeOf
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.errors import DynacutError, printable
+from dynacut.shared.holes import Patched
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.target import PAGE_SIZE, Module, Target
 
@@ -37,6 +38,8 @@ class FeatureReport:
 
     name: str
     sites: tuple[SiteReport, ...]
+    unmapped_pages: int = 0
+    """Pages of its code that are not mapped at this moment."""
 
     @property
     def patched(self) -> int:
@@ -62,6 +65,8 @@ class FeatureReport:
             "patched": self.patched,
             "hits": self.hits,
         }
+        if self.unmapped_pages:
+            document["unmapped_pages"] = self.unmapped_pages
         if with_sites:
             document["site_list"] = [
                 {
@@ -97,6 +102,16 @@ class Inspection:
     features: tuple[FeatureReport, ...]
     foreign: tuple[Foreign, ...]
     warnings: tuple[str, ...]
+    library: UserLibrary = NO_LIBRARY
+    """The user's handler library, if one is in force."""
+
+    @property
+    def handler_json(self) -> dict[str, str] | None:
+        """That library for --json: its path, where it is mapped, and the address of its handler; None without one."""
+        if not self.library.is_in_force:
+            return None
+        addresses = {"at": f"{self.library.start:#x}", "function": f"{self.library.action.handler:#x}"}
+        return {"library": printable(self.library.path), **addresses}
 
 
 def merged_features(processes: Sequence[Inspection], *, with_sites: bool) -> list[dict[str, Any]]:
@@ -120,7 +135,13 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
     if table is None:
         return ()
     by_feature: dict[str, list[SiteReport]] = {name: [] for name in table.features}
+    unmapped = dict.fromkeys(table.features, 0)
+    view = Patched(target, table)
+    holes = {hole.start for hole in view.holes}
     for site in table.sites:
+        if site.action is Action.UNMAP:
+            unmapped[site.feature] += site.argument // PAGE_SIZE if site.address in holes else 0
+            continue
         by_feature[site.feature].append(
             SiteReport(
                 at=codes.describe(site.address),
@@ -128,10 +149,10 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
                 length=len(site.old),
                 on_hit=_on_hit(site, codes),
                 hits=site.hits,
-                patched=target.read(site.address, len(site.old)) == site.new,
+                patched=view.read(site.address, len(site.old)) == site.new,
             )
         )
-    return tuple(FeatureReport(name, tuple(sites)) for name, sites in by_feature.items())
+    return tuple(FeatureReport(name, tuple(sites), unmapped[name]) for name, sites in by_feature.items())
 
 
 def _on_hit(site: TableSite, codes: CodeOf) -> str:

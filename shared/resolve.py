@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from dynacut.handlers.table import Action, Table, TableSite
-from dynacut.shared.code import CodeOf
+from dynacut.shared.code import Code, CodeOf
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.functions import FunctionRange
+from dynacut.shared.holes import Patched, holes_to_make, idle_pages
+from dynacut.shared.library import Library
 from dynacut.shared.on_hit import OnHit
-from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet, outside
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedSite, Scope
+from dynacut.shared.region import user_of
 from dynacut.shared.sites import Locator, Place
 from dynacut.shared.target import Target
 
@@ -24,22 +27,25 @@ class MisfitError(Exception):
     """One thing about a plan that does not fit the target."""
 
 
-def disable(plan: Plan, target: Target, table: Table | None) -> PatchSet:
+def disable(plan: Plan, target: Target, table: Table | None, library: Library | None = None) -> PatchSet:
     """The patch set that switches the plan's features off.
 
-    table: what the target's table says, if it has one. Sites that are patched already are left alone.
+    table: what the target's table says, if it has one. Sites that are patched already are left alone. library: the
+    user's, loaded for this target, that the action ``handler`` passes hits to; where one is in force, it may do.
 
     Raises:
         DynacutError: the plan does not fit; every misfit is named, and nothing may be applied.
     """
+    target = Patched(target, table)
     known_features = table.features if table else ()
     known_sites = table.sites if table else ()
-    resolver = _Resolver(plan, target, known_sites)
+    resolver = _Resolver(plan, target, known_sites, has_library=library is not None or user_of(table).is_in_force)
     wanted = resolver.sites()
+    wanted += resolver.idle_pages(wanted)
     replaced = set(plan.feature_names)
     stay = [site for site in known_sites if site.feature not in replaced]
     resolver.check_replaced([site for site in known_sites if site.feature in replaced], wanted)
-    sites = tuple(sorted([*stay, *wanted], key=lambda site: site.address))
+    sites = tuple(sorted([*stay, *wanted], key=TableSite.key))
     resolver.check_overlaps(sites)
     resolver.check_destinations(sites)
     if resolver.misfits:
@@ -52,7 +58,31 @@ def disable(plan: Plan, target: Target, table: Table | None) -> PatchSet:
     in_memory = [(site, target.read(site.address, len(site.old))) for site in sites if site.feature in replaced]
     edits = tuple(ByteEdit(site.address, found, site.new) for site, found in in_memory if found != site.new)
     features = (*known_features, *(name for name in plan.feature_names if name not in known_features))
-    return PatchSet(edits, HandlerChange.INSTALL, features, sites, known_features, known_sites)
+    return PatchSet(
+        edits,
+        HandlerChange.INSTALL,
+        features,
+        sites,
+        known_features,
+        known_sites,
+        user_of(table),
+        _new(library, table),
+        unmap=holes_to_make(target, [site for site in sites if site.feature in replaced]),
+    )
+
+
+def install(library: Library, table: Table | None) -> PatchSet:
+    """The patch set that puts a user's library in force and changes no code: for traps that the program has itself."""
+    features = table.features if table else ()
+    sites = table.sites if table else ()
+    return PatchSet((), HandlerChange.INSTALL, features, sites, features, sites, user_of(table), _new(library, table))
+
+
+def _new(library: Library | None, table: Table | None) -> Library | None:
+    """The library if it is not just so in force already."""
+    if library is not None and library.is_mapped and library.record.action == user_of(table).action:
+        return None
+    return library
 
 
 def disable_again(names: Sequence[str], target: Target, table: Table) -> PatchSet:
@@ -61,14 +91,17 @@ def disable_again(names: Sequence[str], target: Target, table: Table) -> PatchSe
     Raises:
         DynacutError: the bytes at a site are neither old nor new.
     """
-    sites = [site for site in table.sites if site.feature in names]
-    inverse = {edit.address: edit for edit in _restoring(target, sites)}
+    target = Patched(target, table)
+    chosen = [site for site in table.sites if site.feature in names]
+    inverse = {edit.address: edit for edit in _restoring(target, chosen)}
     edits = []
-    for site in sites:
+    for site in chosen:
         found = inverse[site.address].old if site.address in inverse else site.old
         if found != site.new:
             edits.append(ByteEdit(site.address, found, site.new))
-    return PatchSet(tuple(edits), HandlerChange.INSTALL, table.features, table.sites, table.features, table.sites)
+    features, sites = table.features, table.sites
+    unmap = holes_to_make(target, chosen)
+    return PatchSet(tuple(edits), HandlerChange.INSTALL, features, sites, features, sites, table.user, unmap=unmap)
 
 
 def enable(names: Sequence[str], target: Target, table: Table | None) -> PatchSet:
@@ -85,8 +118,11 @@ def enable(names: Sequence[str], target: Target, table: Table | None) -> PatchSe
                 f"it has {', '.join(features)}" if features else "nothing is patched in it",
             )
     sites = table.sites if table else ()
-    edits = _restoring(target, [site for site in sites if site.feature in names])
-    return PatchSet(edits, HandlerChange.KEEP, features, sites, features, sites)
+    chosen = [site for site in sites if site.feature in names]
+    target = Patched(target, table)
+    fill = target.holes_of(chosen)
+    edits = outside(_restoring(target, chosen), fill)
+    return PatchSet(edits, HandlerChange.KEEP, features, sites, features, sites, user_of(table), fill=fill)
 
 
 def undo(target: Target, table: Table | None) -> PatchSet:
@@ -98,7 +134,9 @@ def undo(target: Target, table: Table | None) -> PatchSet:
     features = table.features if table else ()
     sites = table.sites if table else ()
     handler = HandlerChange.REMOVE if table else HandlerChange.KEEP
-    return PatchSet(_restoring(target, sites), handler, (), (), features, sites)
+    target = Patched(target, table)
+    edits = outside(_restoring(target, sites), target.holes)
+    return PatchSet(edits, handler, (), (), features, sites, user_of(table), fill=target.holes)
 
 
 def _restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ...]:
@@ -124,11 +162,12 @@ def _restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ..
 class _Resolver:
     """Finds and checks the sites of one plan, and gathers the misfits."""
 
-    def __init__(self, plan: Plan, target: Target, known_sites: Sequence[TableSite]) -> None:
+    def __init__(self, plan: Plan, target: Target, known_sites: Sequence[TableSite], *, has_library: bool) -> None:
         self.misfits: list[str] = []
         self.advice = "nothing was changed; make the plan anew for this program, or correct it"
         self._plan = plan
         self._target = target
+        self._has_library = has_library
         self._codes = CodeOf(target)
         self._locator = Locator(self._codes, plan.modules)
         self._known = sorted(known_sites, key=lambda site: site.address)
@@ -138,8 +177,10 @@ class _Resolver:
         """The table's entries for everything in the plan."""
         found = []
         for feature in self._plan.features:
-            if feature.scope is Scope.PAGE:
-                self.misfits.append(f"feature {feature.name!r}: scope page is not supported yet; use block")
+            if feature.scope is Scope.PAGE and feature.on_hit.action is Action.LEARN:
+                self.misfits.append(
+                    f"feature {feature.name!r}: scope page cannot learn, the handler cannot map pages back; use block"
+                )
                 continue
             for site in feature.sites:
                 try:
@@ -153,6 +194,34 @@ class _Resolver:
                 self._misfit(error)
         return found
 
+    def idle_pages(self, wanted: Sequence[TableSite]) -> list[TableSite]:
+        """The table's entries for the pages that features of scope page leave without code."""
+        found = []
+        for feature in self._plan.features:
+            if feature.scope is not Scope.PAGE or self.misfits:
+                continue
+            by_code: dict[str, tuple[Code, list[tuple[int, int]]]] = {}
+            for site in wanted:
+                code = self._codes.containing(site.address)
+                if site.feature == feature.name and code is not None:
+                    base = code.module.base
+                    blocks = by_code.setdefault(code.module.path, (code, []))[1]
+                    blocks.append((site.address - base, site.end - base))
+            for code, blocks in by_code.values():
+                for start, end in idle_pages(code, blocks):
+                    address = code.module.base + start
+                    if self._holds_files_bytes(code, start, end):
+                        found.append(TableSite(address, feature.name, Action.UNMAP, end - start, 0, b"", b""))
+        return found
+
+    def _holds_files_bytes(self, code: Code, start: int, end: int) -> bool:
+        """Whether pages can be had from the file again: nobody else has changed them, and it is still that file."""
+        memory = self._target.read(code.module.base + start, end - start)
+        if self._with_patches(code.module.base + start, memory) != code.elf.read(start, end - start):
+            self.misfits.append(f"{code.module.name}+{start:#x}: somebody else has changed the page; use scope block")
+            return False
+        return True
+
     def check_replaced(self, before: Sequence[TableSite], wanted: Sequence[TableSite]) -> None:
         """A feature may be given other sites only while its present ones are not patched."""
         stay = set(wanted)
@@ -165,7 +234,7 @@ class _Resolver:
 
     def check_overlaps(self, sites: Sequence[TableSite]) -> None:
         """No byte may belong to two sites: their old bytes and actions would contradict each other."""
-        for before, after in pairwise(sites):
+        for before, after in pairwise(site for site in sites if site.action is not Action.UNMAP):
             if after.address < before.end:
                 self.misfits.append(
                     f"{self._codes.describe(after.address)} ({after.feature}) overlaps "
@@ -308,8 +377,8 @@ class _Resolver:
                     )
                 if self._target.has_shadow_stack:
                     raise MisfitError(f"{place}: return does not work in a process with a shadow stack")
-            case Action.HANDLER:
-                raise MisfitError(f"{place}: the action handler needs a handler library, which is not supported yet")
+            case Action.HANDLER if not self._has_library:
+                raise MisfitError(f"{place}: the action handler needs a handler library; give it by --handler LIB.so")
         return on_hit.argument
 
     def _destination(self, place: Place, site: str) -> int:

@@ -6,11 +6,13 @@ image; sizes are bounded; whatever does not fit is a DynacutError.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from google.protobuf.message import DecodeError
 
@@ -21,6 +23,8 @@ IMAGE_MAGIC = 0x54564319
 """Of every image file but the inventory, CRIU's include/magic.h: IMG_COMMON_MAGIC."""
 MAX_METADATA_SIZE = 256 << 20
 MAX_PARENTS = 64
+MAX_MESSAGES = 1 << 20
+"""In one file, pagemaps apart; far more than a process tree has open files."""
 _WORD = struct.Struct("<I")
 _ADVICE = "check that the directory holds a complete image of `criu dump`, or make a new one by `dynacut checkpoint`"
 
@@ -47,6 +51,14 @@ class ImageFolder:
         status = os.fstat(self.descriptor)
         self._identity = (status.st_dev, status.st_ino)
 
+    def __enter__(self) -> ImageFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Closes the directory."""
         os.close(self.descriptor)
@@ -54,6 +66,21 @@ class ImageFolder:
     def names(self) -> list[str]:
         """The names of all its entries, sorted."""
         return sorted(os.listdir(self.descriptor))  # noqa: PTH208 - pathlib lists no descriptors
+
+    def image_names(self) -> list[str]:
+        """The files that make up the image: not CRIU's logs and statistics, which each restore writes anew.
+
+        Raises:
+            DynacutError: one of them is a link, or no regular file.
+        """
+        names = []
+        with os.scandir(self.descriptor) as entries:
+            for entry in entries:
+                if entry.name.endswith(".img") or entry.name == "descriptors.json":
+                    if not entry.is_file(follow_symlinks=False):
+                        raise self.broken(entry.name, "not a regular file")
+                    names.append(entry.name)
+        return sorted(names)
 
     def open(self, name: str) -> int:
         """Opens a regular file for reading; the caller closes it.
@@ -85,22 +112,24 @@ class ImageFolder:
             DynacutError: it cannot be read, or is larger than any such file.
         """
         with os.fdopen(self.open(name), "rb") as file:
-            data = file.read(MAX_METADATA_SIZE + 1)
-        if len(data) > MAX_METADATA_SIZE:
-            raise self.broken(name, f"larger than {MAX_METADATA_SIZE >> 20} MiB")
-        return data
+            if os.fstat(file.fileno()).st_size > MAX_METADATA_SIZE:
+                raise self.broken(name, f"larger than {MAX_METADATA_SIZE >> 20} MiB")
+            return file.read(MAX_METADATA_SIZE)
 
-    def messages(self, name: str, magic: int) -> Iterator[bytes]:
+    def messages(self, name: str, magic: int, limit: int = MAX_MESSAGES) -> Iterator[bytes]:
         """The messages of an image file, not yet parsed.
 
         Raises:
-            DynacutError: it is not an image file of this type, or cut off.
+            DynacutError: it is not an image file of this type, cut off, or has more messages than the limit.
         """
         data = self.read(name)
         if len(data) < 8 or struct.unpack_from("<II", data) != (IMAGE_MAGIC, magic):
             raise self.broken(name, "its magic number is not that of such an image")
-        position, end = 8, len(data)
+        position, end, count = 8, len(data), 0
         while position < end:
+            count += 1
+            if count > limit:
+                raise self.broken(name, f"more than {limit} message{'s' if limit > 1 else ''}")
             if position + 4 > end:
                 raise self.broken(name, "it is cut off")
             (length,) = _WORD.unpack_from(data, position)
@@ -112,7 +141,15 @@ class ImageFolder:
 
     def parse(self, name: str, magic: int, kind: Message) -> list[Message]:
         """The messages of an image file, all of one kind."""
-        return [self.decode(name, kind, data) for data in self.messages(name, magic)]
+        every = list(self.messages(name, magic))  # so that too many are noticed before they are decoded
+        return [self.decode(name, kind, data) for data in every]
+
+    def parse_one(self, name: str, magic: int, kind: Message) -> Message:
+        """The message of an image file that has just one."""
+        data = list(self.messages(name, magic, 1))
+        if not data:
+            raise self.broken(name, "there is no message in it")
+        return self.decode(name, kind, data[0])
 
     def decode(self, name: str, kind: Message, data: bytes) -> Message:
         """One message.
@@ -163,3 +200,20 @@ def packed(magic: int, messages: Sequence[Message]) -> bytes:
         data = message.SerializeToString()
         parts += (_WORD.pack(len(data)), data)
     return b"".join(parts)
+
+
+def copy_range(source: int, output: int, offset: int, size: int) -> int:
+    """Copies part of a file to the end of another one, sharing the storage where the file system can.
+
+    source, output: descriptors. Returns the number of bytes, as few as a system call copies; 0 at the file's end.
+
+    Raises:
+        OSError: the output cannot be written, or the source not read.
+    """
+    try:
+        return os.copy_file_range(source, output, size, offset)
+    except OSError as error:
+        # copy_file_range(2): to another file system, or one that does not know the call.
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return os.sendfile(output, source, offset, size)

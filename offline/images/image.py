@@ -8,6 +8,7 @@ from types import TracebackType
 
 from dynacut.offline.images.files import ImageFolder
 from dynacut.offline.images.memory import ImageFile
+from dynacut.offline.images.pages import pages_ids
 from dynacut.offline.images.process import ImageProcess
 from dynacut.offline.images.schema import FileEntry, MemfdInodeEntry, PstreeEntry
 from dynacut.shared.errors import DynacutError
@@ -18,7 +19,10 @@ _MAX_TASKS = 1 << 16
 
 
 class Image:
-    """An image, opened: its processes, the root of the tree first. Use as a context manager or close() it."""
+    """An image, opened: its processes, the root of the tree first. Use as a context manager or close() it.
+
+    depth: how many parents it has, one below the other.
+    """
 
     def __init__(self, path: Path, root: str = "") -> None:
         """Opens and checks all of it but the pages themselves.
@@ -32,6 +36,7 @@ class Image:
         self.path = path
         self.processes: list[ImageProcess] = []
         try:
+            self.depth = _checked_depth(self.folder)
             files = self._files()
             for pid, tids in self._tree():
                 self.processes.append(ImageProcess(self.folder, pid, tids, files.get, root))
@@ -100,3 +105,20 @@ class Image:
         if not tree:
             raise DynacutError(f"{self.path / 'pstree.img'}: no process in it", "make a new image")
         return tree
+
+
+def _checked_depth(folder: ImageFolder) -> int:
+    """Checks what any use of a directory and its parents relies on; how many parents there are.
+
+    Two pagemaps that name the same pages file would each lose it to the other's change.
+    """
+    pagemaps = [name for name in folder.image_names() if name.startswith("pagemap-")]
+    known: dict[int, str] = {}
+    for name, pages_id in pages_ids(folder, pagemaps):
+        if known.setdefault(pages_id, name) != name:
+            raise folder.broken(name, f"it has the same pages file as {known[pages_id]}")
+    parent = folder.parent()
+    if parent is None:
+        return 0
+    with parent:
+        return 1 + _checked_depth(parent)

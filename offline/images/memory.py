@@ -7,6 +7,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dynacut.offline.images.files import ImageFolder
 from dynacut.offline.images.pages import Extent, Pages
@@ -22,7 +23,8 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS = 0x1, 0x2, 0x20
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 _NAMES = {_STACK: "[stack]", _VSYSCALL: "[vsyscall]", _VDSO: "[vdso]", _HEAP: "[heap]", _VVAR: "[vvar]"}
 _ADDRESS_LIMIT = 1 << 47
-_MAX_READ = 1 << 31
+_MAX_READ = 1 << 29  # many times the text of a browser, or the largest table
+_MAX_FILE_OFFSET = 1 << 62
 _VSYSCALL_PAGE = 0xFFFFFFFFFF600000
 
 
@@ -84,6 +86,8 @@ def read_vma(message: Message, files: Callable[[int], ImageFile | None]) -> Vma:
         raise ValueError(f"the VMA {start:#x}-{end:#x} is no range of pages")
     if end > _ADDRESS_LIMIT and start != _VSYSCALL_PAGE:
         raise ValueError(f"the VMA {start:#x}-{end:#x} lies outside of user space")
+    if message.pgoff % PAGE_SIZE or message.pgoff > _MAX_FILE_OFFSET:
+        raise ValueError(f"the VMA {start:#x}-{end:#x} begins amid a page of its file, or behind any file's end")
     file = None
     if status & (_FILE_PRIVATE | _FILE_SHARED):
         file = files(message.shmid)
@@ -174,7 +178,7 @@ class Memory:
             data += self._contents(vma, first, stop)
             first = stop
         offset = address % PAGE_SIZE
-        return bytes(data[offset : offset + size])
+        return bytes(memoryview(data)[offset : offset + size])
 
     def _contents(self, vma: Vma, start: int, end: int) -> bytearray:
         size = end - start
@@ -196,8 +200,9 @@ class Memory:
         path = self._root + vma.file.path
         if path not in self._files:
             self._files[path] = open_mapped(path, vma.file)
-        data = os.pread(self._files[path], size, vma.mapping.file_offset + start - vma.mapping.start)
-        return bytearray(data.ljust(size, b"\0"))
+        data = bytearray(size)
+        os.preadv(self._files[path], [data], vma.mapping.file_offset + start - vma.mapping.start)
+        return data
 
     def _shared_pages(self, identity: int) -> Pages:
         if identity not in self._shared:
@@ -253,6 +258,25 @@ class Memory:
         self.vmas_changed = True
         self._index()
 
+    def map_file(self, start: int, end: int, as_in: Mapping) -> None:
+        """Adds a private VMA of a mapped file. as_in: a mapping of that file whose distance to it is the same.
+
+        Raises:
+            DynacutError: the file is not mapped anywhere else, or something is mapped there already.
+        """
+        other = next((vma for vma in self.vmas if vma.is_file_private and vma.mapping.path == as_in.path), None)
+        if other is None or any(vma.mapping.start < end and start < vma.mapping.end for vma in self.vmas):
+            raise DynacutError(f"{as_in.path} cannot be mapped at {start:#x} of {self._label}")
+        message = VmaEntry()
+        message.CopyFrom(other.message)
+        message.start, message.end = start, end
+        message.pgoff = as_in.file_offset + start - as_in.start
+        message.prot = PROT_READ | PROT_EXEC
+        message.status = _REGULAR | _FILE_PRIVATE
+        self.vmas.insert(bisect_right(self._starts, start), read_vma(message, lambda _: other.file))
+        self.vmas_changed = True
+        self._index()
+
     def unmap(self, start: int, end: int) -> None:
         """Takes whole pages away, splitting VMAs; nothing need be mapped there."""
         kept: list[Vma] = []
@@ -274,8 +298,7 @@ class Memory:
     def extents(self) -> Iterator[Extent]:
         """The pages of the image that are still mapped, as its own directory holds them, ascending."""
         for vma in self.vmas:
-            if vma.is_writable_here:
-                yield from self.pages.within(vma.mapping.start, vma.mapping.end)
+            yield from self.pages.within(vma.mapping.start, vma.mapping.end)
 
 
 def open_mapped(path: str, file: ImageFile) -> int:
@@ -286,6 +309,8 @@ def open_mapped(path: str, file: ImageFile) -> int:
     """
     advice = "restore it, or give the folder that has the files of the image's machine by --root"
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a device may already do something
+            raise DynacutError(f"{path}, which the image maps, is not a regular file", advice)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

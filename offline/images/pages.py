@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from dynacut.offline.images.files import ImageFolder, packed
+from dynacut.offline.images.files import ImageFolder, copy_range, packed
 from dynacut.offline.images.schema import Message, PagemapEntry, PagemapHead
 from dynacut.shared.target import PAGE_SIZE
 
@@ -15,9 +15,10 @@ PAGEMAP_MAGIC = 0x56084025
 PARENT, LAZY, PRESENT = 1, 2, 4
 """Flags of a pagemap entry, CRIU's criu/include/image.h."""
 _ADDRESS_LIMIT = 1 << 56
+_MAX_EXTENTS = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Consecutive pages; offset is where they are in the pages file, in bytes, -1 if they are the parent's."""
 
@@ -47,106 +48,124 @@ class Extent:
 class Pages:
     """The pages of one address space (or shared memory segment) as one directory holds them; parents on demand.
 
-    name: the part of the file's name behind ``pagemap-``.
+    name: the part of the file's name behind ``pagemap-``. parent: the same in the parent directory, None if no page is
+    there.
     """
 
     def __init__(self, folder: ImageFolder, name: str) -> None:
         """Reads and checks the pagemap.
 
         Raises:
-            DynacutError: it is malformed, its entries overlap, or do not fit the pages file.
+            DynacutError: it is malformed, its entries overlap, do not fit the pages file, or the parent's pages.
         """
         self.folder = folder
         self.name = f"pagemap-{name}.img"
         self._key = name
-        messages = folder.messages(self.name, PAGEMAP_MAGIC)
-        head = next(messages, None)
-        if head is None:
-            raise folder.broken(self.name, "it is empty")
-        self.head = folder.decode(self.name, PagemapHead, head)
+        messages = folder.messages(self.name, PAGEMAP_MAGIC, _MAX_EXTENTS)
+        self.head = _head(folder, self.name, messages)
         self.extents = list(self._read_extents(messages))
         self._starts = [extent.start for extent in self.extents]
         self.size = sum(extent.end - extent.start for extent in self.extents if not extent.in_parent)
         self._file: int | None = None
-        self._parent: Pages | None = None
-        self._check()
+        self.parent: Pages | None = None
+        try:
+            self._open()
+            self._open_parent()
+        except BaseException:
+            self.close()
+            raise
 
     def _read_extents(self, messages: Iterator[bytes]) -> Iterator[Extent]:
         offset = last = 0
         for data in messages:
             entry = self.folder.decode(self.name, PagemapEntry, data)
-            flags = entry.flags if entry.HasField("flags") else PARENT if entry.in_parent else PRESENT
+            # Before CRIU 2.7 there were no flags.
+            flags = entry.flags if entry.HasField("flags") else 0 if entry.in_parent else PRESENT
+            flags |= PARENT if entry.in_parent else 0
             count = entry.nr_pages if entry.HasField("nr_pages") else entry.compat_nr_pages
             start, end = entry.vaddr, entry.vaddr + count * PAGE_SIZE
             if start % PAGE_SIZE or start < last or not start < end <= _ADDRESS_LIMIT:
                 raise self.folder.broken(self.name, f"its entry for {start:#x}, {count} pages, overlaps or is no range")
             last = end
-            if flags & PARENT:
-                yield Extent(start, end, -1, flags)
-            elif flags & PRESENT:
-                yield Extent(start, end, offset, flags)
-                offset += end - start
+            match bool(flags & PARENT), bool(flags & PRESENT):
+                case True, False:
+                    yield Extent(start, end, -1, flags)
+                case False, True:
+                    yield Extent(start, end, offset, flags)
+                    offset += end - start
+                case _:  # a dump by --lazy-pages may leave pages in the process that was dumped
+                    raise self.folder.broken(self.name, f"the pages at {start:#x} are not in one place")
+
+    @property
+    def pages_id(self) -> int:
+        """The number of the file with the pages themselves."""
+        return int(self.head.pages_id)
 
     @property
     def pages_name(self) -> str:
-        """The name of the file with the pages themselves."""
-        return f"pages-{self.head.pages_id}.img"
+        """The name of that file."""
+        return pages_name(self.pages_id)
 
-    def _check(self) -> None:
+    def _open(self) -> None:
         folder = self.folder
         if self.size or folder.has(self.pages_name):
             self._file = folder.open(self.pages_name)
             found = os.fstat(self._file).st_size
             if found != self.size:
-                self.close()
                 raise folder.broken(
                     self.pages_name, f"{found} bytes, but {self.name} describes {self.size}: they do not fit"
                 )
-        if any(extent.in_parent for extent in self.extents):
-            parent = folder.parent()
-            if parent is None:
-                raise folder.broken(self.name, "it refers to pages of a parent, and there is no parent directory")
-            self._parent = Pages(parent, self._key)
+
+    def _open_parent(self) -> None:
+        inherited = [extent for extent in self.extents if extent.in_parent]
+        if not inherited:
+            return
+        folder = self.folder.parent()
+        if folder is None:
+            raise self.folder.broken(self.name, "it refers to pages of a parent, and there is no parent directory")
+        try:
+            self.parent = Pages(folder, self._key)
+        except BaseException:
+            folder.close()
+            raise
+        for extent in inherited:  # CRIU would look for a missing one for ever
+            self.parent.all_within(extent.start, extent.end)
 
     def close(self) -> None:
         """Closes the pages file, those of the parents, and the parents' directories."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        if self._parent is not None:
-            self._parent.close()
-            self._parent.folder.close()
-            self._parent = None
+        if self.parent is not None:
+            self.parent.close()
+            self.parent.folder.close()
+            self.parent = None
 
     def within(self, start: int, end: int) -> Iterator[Extent]:
         """The extents of this directory, cut to a range."""
         index = max(0, bisect_right(self._starts, start) - 1)
-        for extent in self.extents[index:]:
+        for position in range(index, len(self.extents)):
+            extent = self.extents[position]
             if extent.start >= end:
                 return
             if extent.end > start:
                 yield extent.part(max(start, extent.start), min(end, extent.end))
 
-    def fill(self, data: bytearray, address: int) -> None:
+    def fill(self, data: bytearray | memoryview, address: int) -> None:
         """Copies what the image holds of a range of memory over its bytes. data, address: whole pages.
 
         Raises:
-            DynacutError: a page that should be the parent's is not there, or a file cannot be read.
+            DynacutError: a file cannot be read.
         """
         place = memoryview(data)
         for extent in self.within(address, address + len(data)):
             self._fill_extent(place[extent.start - address : extent.end - address], extent)
 
-    def fill_all(self, place: memoryview, address: int) -> None:
-        """As fill(), for pages that must be there."""
-        for extent in self.all_within(address, address + len(place)):
-            self._fill_extent(place[extent.start - address : extent.end - address], extent)
-
     def _fill_extent(self, place: memoryview, extent: Extent) -> None:
         if not extent.in_parent:
             self._read(place, extent.offset)
-        elif self._parent is not None:
-            self._parent.fill_all(place, extent.start)
+        elif self.parent is not None:
+            self.parent.fill(place, extent.start)
 
     def all_within(self, start: int, end: int) -> list[Extent]:
         """As within(), for a range that must be here without a gap.
@@ -172,23 +191,23 @@ class Pages:
         """Copies an extent's pages to the end of a file, wherever they are.
 
         Raises:
-            DynacutError: they are not there. OSError: the output cannot be written.
+            DynacutError: the pages file has become shorter. OSError: the output cannot be written.
         """
         if extent.in_parent:
-            assert self._parent is not None
-            for part in self._parent.all_within(extent.start, extent.end):
-                self._parent.copy_to(output, part)
+            assert self.parent is not None
+            for part in self.parent.within(extent.start, extent.end):
+                self.parent.copy_to(output, part)
             return
         assert self._file is not None
         offset, left = extent.offset, extent.end - extent.start
         while left:
-            count = os.copy_file_range(self._file, output, left, offset)
+            count = copy_range(self._file, output, offset, left)
             if count == 0:
                 raise self.folder.broken(self.pages_name, "it is cut off")
             offset, left = offset + count, left - count
 
-    def with_extents(self, extents: list[Extent]) -> bytes:
-        """The pagemap file with other extents, neighbours that belong together joined."""
+    def with_extents(self, extents: list[Extent], pages_id: int) -> bytes:
+        """The pagemap file of that pages file with other extents, neighbours that belong together joined."""
         joined: list[Extent] = []
         for extent in extents:
             last = joined[-1] if joined else None
@@ -201,4 +220,29 @@ class Pages:
                 joined[-1] = Extent(last.start, extent.end, last.offset, last.flags)
             else:
                 joined.append(extent)
-        return packed(PAGEMAP_MAGIC, [self.head, *(extent.message() for extent in joined)])
+        head = PagemapHead()
+        head.CopyFrom(self.head)
+        head.pages_id = pages_id
+        return packed(PAGEMAP_MAGIC, [head, *(extent.message() for extent in joined)])
+
+
+def pages_name(pages_id: int) -> str:
+    """The name of a pages file."""
+    return f"pages-{pages_id}.img"
+
+
+def pages_ids(folder: ImageFolder, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """The numbers of the pages files that pagemaps of a directory belong to, by the pagemap's name.
+
+    Raises:
+        DynacutError: one of them is malformed.
+    """
+    for name in names:
+        yield name, int(_head(folder, name, folder.messages(name, PAGEMAP_MAGIC, _MAX_EXTENTS)).pages_id)
+
+
+def _head(folder: ImageFolder, name: str, messages: Iterator[bytes]) -> Message:
+    head = next(messages, None)
+    if head is None:
+        raise folder.broken(name, "it is empty")
+    return folder.decode(name, PagemapHead, head)

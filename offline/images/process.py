@@ -20,6 +20,8 @@ from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 CORE_MAGIC, MM_MAGIC = 0x55053847, 0x57492820
 _X86_64 = 1
 _MAX_ARGUMENTS = 1 << 16
+_MAX_FILE_NAME = 255  # NAME_MAX, linux/limits.h
+_MAX_PRIVATE_PAGES = 1 << 20
 # The image has the actions of signals 1 to 64 but SIGKILL's and SIGSTOP's, which nobody can set.
 _SIGNALS = tuple(number for number in range(1, 65) if number not in (9, 19))
 
@@ -84,10 +86,7 @@ class ImageProcess:
         if len(shared.tc.sigactions) != len(_SIGNALS):
             raise folder.broken(f"core-{pid}.img", f"{len(shared.tc.sigactions)} signal actions, not {len(_SIGNALS)}")
         self.name = os.fsdecode(shared.tc.comm)
-        messages = folder.parse(self.mm_name, MM_MAGIC, MmEntry)
-        if len(messages) != 1:
-            raise folder.broken(self.mm_name, f"{len(messages)} messages instead of one")
-        self._mm = messages[0]
+        self._mm = folder.parse_one(self.mm_name, MM_MAGIC, MmEntry)
         self.memory = self._read_memory(files)
         try:
             executable = files(int(self._mm.exe_file_id))
@@ -100,12 +99,10 @@ class ImageProcess:
 
     def _core(self, tid: int) -> Message:
         name = f"core-{tid}.img"
-        messages = self._folder.parse(name, CORE_MAGIC, CoreEntry)
-        if len(messages) != 1:
-            raise self._folder.broken(name, f"{len(messages)} messages instead of one")
-        if messages[0].mtype != _X86_64 or not messages[0].HasField("thread_info"):
+        core = self._folder.parse_one(name, CORE_MAGIC, CoreEntry)
+        if core.mtype != _X86_64 or not core.HasField("thread_info"):
             raise self._folder.broken(name, "not of an x86-64 thread")
-        return messages[0]
+        return core
 
     def _read_memory(self, files: Callable[[int], ImageFile | None]) -> Memory:
         vmas = []
@@ -122,7 +119,7 @@ class ImageProcess:
         return Memory(self.label, vmas, Pages(self._folder, str(self.pid)), self._folder, self._root)
 
     def _check_pages(self) -> None:
-        """Every page lies in a VMA that can have pages of its own; CRIU would fail half-way through otherwise."""
+        """Every page lies in a VMA; CRIU would fail half-way through otherwise."""
         position, vmas = 0, self.memory.vmas
         for extent in self.memory.pages.extents:
             start = extent.start
@@ -143,7 +140,8 @@ class ImageProcess:
         self.memory.close()
 
     def _find_modules(self) -> tuple[Module, ...]:
-        aliases = [alias for alias in (called_name(self.arguments), self.name) if alias]
+        names = (called_name(self.arguments), self.name)
+        aliases = [name for name in names if 0 < len(os.fsencode(name)) <= _MAX_FILE_NAME]
         root = self._root or "/"
         return modules_of(self.mappings, self._exe, aliases, Path(root), lambda _, path: Path(self._root + path))
 
@@ -183,12 +181,15 @@ class ImageProcess:
         return self.memory.has_shadow_stack
 
     def private_pages(self, mapping: Mapping) -> Sequence[int]:
-        """The addresses of the pages of a mapping that the image holds, or that were written to here."""
-        pages = {
-            page
-            for extent in self.memory.pages.within(mapping.start, mapping.end)
-            for page in range(extent.start, extent.end, PAGE_SIZE)
-        }
+        """The addresses of the pages of a mapping that the image holds, or that were written to here.
+
+        Raises:
+            DynacutError: they are more than code can have.
+        """
+        extents = list(self.memory.pages.within(mapping.start, mapping.end))
+        if sum(extent.end - extent.start for extent in extents) > _MAX_PRIVATE_PAGES * PAGE_SIZE:
+            raise self._folder.broken(self.memory.pages.name, f"too many pages of the file at {mapping.start:#x}")
+        pages = {page for extent in extents for page in range(extent.start, extent.end, PAGE_SIZE)}
         pages |= {page for page in self.memory.written if mapping.start <= page < mapping.end}
         return sorted(pages)
 
@@ -217,6 +218,8 @@ class ImageProcess:
         self.threads[0].changed = True
 
     def _action_message(self, signal: int) -> Message:
+        if signal not in _SIGNALS:
+            raise DynacutError(f"{self.label} has no action for signal {signal}")
         return self.threads[0].core.tc.sigactions[_SIGNALS.index(signal)]
 
     def caught_signals(self) -> list[int]:

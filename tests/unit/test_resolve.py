@@ -13,16 +13,25 @@ from hypothesis import strategies as st
 from test_sites import BASE, MemoryTarget, new_target
 from test_table import Memory
 
-from dynacut.handlers.table import Action, Layout, Table, TableSite
+from dynacut.handlers.table import Action, KernelAction, Layout, Table, TableSite, UserLibrary
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.library import Library, LibrarySegment
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP, OnHit
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope, loads
-from dynacut.shared.resolve import disable, disable_again, enable, undo
+from dynacut.shared.resolve import disable, disable_again, enable, install, undo
 from dynacut.shared.target import PAGE_SIZE
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
+
+
+LIBRARY = Library(
+    UserLibrary(KernelAction(0x1_0010), 0x1_0000, bytes(32), "/srv/handler.so"),
+    (LibrarySegment(0x1_0000, PAGE_SIZE, 5, b""),),
+    is_mapped=False,
+    bound_to=(),
+)
 
 
 class Patched:
@@ -344,8 +353,14 @@ def test_the_inverse_of_a_first_installation_removes_the_handler(patched: Patche
 # Misfits, in the order of shared/resolve.py.
 
 
-def test_scope_page_is_refused(target: MemoryTarget) -> None:
-    assert "'one': scope page is not supported" in misfit(target, plan(feature("alpha", scope=Scope.PAGE)))
+def test_pages_cannot_be_learned(target: MemoryTarget) -> None:
+    assert "'one': scope page cannot learn" in misfit(target, plan(feature("alpha", on_hit="learn", scope=Scope.PAGE)))
+
+
+def test_scope_page_leaves_a_page_with_other_code(patched: Patched) -> None:
+    patches = patched.disable(plan(feature("alpha", scope=Scope.PAGE)))
+    assert patches.unmap == ()
+    assert patches.edits[0].new == b"\xcc" * len(patches.edits[0].old)
 
 
 def test_a_disabled_feature_is_not_given_other_sites_or_another_action(patched: Patched) -> None:
@@ -499,8 +514,34 @@ def test_return_is_refused_with_a_shadow_stack(target: MemoryTarget) -> None:
     assert "shadow stack" in misfit(target, plan(feature("alpha", on_hit="return=0")))
 
 
-def test_the_action_handler_is_refused(target: MemoryTarget) -> None:
-    assert "handler library" in misfit(target, plan(feature("alpha", on_hit="handler")))
+def test_the_action_handler_needs_a_library(target: MemoryTarget, patched: Patched) -> None:
+    wanted = plan(feature("alpha", on_hit="handler"))
+    assert "handler library" in misfit(target, wanted)
+    patches = disable(wanted, target, None, LIBRARY)
+    assert [site.action for site in patches.sites] == [Action.HANDLER]
+    assert (patches.library, patches.changes, patches.handler) == (LIBRARY, True, HandlerChange.INSTALL)
+    patched.disable(plan(feature("server!beta", name="other")))
+    patched.memory.write(LIBRARY.record.writes())
+    again = disable(wanted, patched.target, patched.table)
+    assert (again.library, again.before_user) == (None, LIBRARY.record), "the one that is in force is meant"
+
+
+def test_a_library_alone_changes_no_code(patched: Patched) -> None:
+    alone = install(LIBRARY, None)
+    assert (alone.edits, alone.features, alone.sites, alone.library) == ((), (), (), LIBRARY)
+    assert alone.handler is HandlerChange.INSTALL and alone.changes and not alone.had_handler
+    patched.disable(plan(feature("alpha")))
+    patched.memory.write(LIBRARY.record.writes())
+    mapped = replace(LIBRARY, is_mapped=True)
+    again = install(mapped, patched.table)
+    assert (again.library, again.changes, again.had_handler) == (None, False, True)
+    assert again.features == ("one",)
+    moved = replace(mapped, record=replace(mapped.record, action=KernelAction(0x1_0020)))
+    assert install(moved, patched.table).library == moved
+    undone = undo(patched.target, patched.table)
+    assert undone.changes and undone.handler is HandlerChange.REMOVE
+    assert alone.inverse().handler is HandlerChange.REMOVE
+    assert again.inverse().handler is HandlerChange.KEEP
 
 
 def test_redirects_that_do_not_fit_the_stack_are_refused(target: MemoryTarget) -> None:
@@ -529,7 +570,7 @@ def test_all_misfits_are_named_at_once(target: MemoryTarget) -> None:
     unfit = plan(
         feature("alpha+2", "nowhere"),
         feature("stopping+1", name="two"),
-        feature("alpha", name="three", on_hit="return=0", scope=Scope.PAGE),
+        feature("alpha", name="three", on_hit="learn", scope=Scope.PAGE),
         edits=[PlannedEdit("alpha+11", b"\x75\x05", b"\xeb\x05")],
     )
     lines = misfits(target, unfit)

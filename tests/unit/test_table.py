@@ -36,6 +36,7 @@ from dynacut.handlers.table import (
     TableError,
     TableFullError,
     TableSite,
+    UserLibrary,
     Write,
 )
 
@@ -105,6 +106,7 @@ int main(void)
 	FIELD(table, repair_capacity) FIELD(table, repair_count) FIELD(table, features) FIELD(table, repairs)
 	FIELD(table, counters) FIELD(table, heap) FIELD(table, sites) FIELD(table, bank) FIELD(table, observed)
 	FIELD(table, previous) FIELD(table, input) FIELD(table, output) FIELD(table, slot_done)
+	FIELD(table, user) FIELD(table, library) FIELD(table, library_digest) FIELD(table, library_path)
 	FIELD(site, address) FIELD(site, argument) FIELD(site, counter) FIELD(site, bytes) FIELD(site, feature)
 	FIELD(site, length) FIELD(site, size) FIELD(site, action)
 	FIELD(bank, site_count) FIELD(bank, feature_count) FIELD(bank, heap_used) FIELD(bank, counter_count)
@@ -112,6 +114,7 @@ int main(void)
 	FIELD(sigaction, handler) FIELD(sigaction, flags) FIELD(sigaction, restorer) FIELD(sigaction, mask)
 	NUMBER(CODE_SIZE) NUMBER(VERSION) NUMBER(SLOTS) NUMBER(SIGNALS)
 	NUMBER(TERMINATE) NUMBER(REDIRECT) NUMBER(RETURN) NUMBER(SKIP) NUMBER(LEARN) NUMBER(HANDLER) NUMBER(EDIT)
+	NUMBER(UNMAP)
 }
 """
 
@@ -146,6 +149,8 @@ def test_offsets_are_those_of_table_h(in_c: dict[str, int]) -> None:
     assert in_c["table.input"] == table_module.INPUT_OFFSET
     assert in_c["table.output"] == table_module.OUTPUT_OFFSET
     assert in_c["table.slot_done"] == table_module.SLOT_DONE_OFFSET
+    assert in_c["table.user"] == table_module.USER_OFFSET
+    assert in_c["table.library"] == table_module.LIBRARY_OFFSET
     assert in_c["table"] <= SMALL.features
 
 
@@ -156,6 +161,7 @@ def test_what_python_writes_is_what_c_reads(in_c: dict[str, int]) -> None:
     memory.write([Write(PREVIOUS_OFFSET, KernelAction(0x11, 0x22, 0x33, 0x44).pack())])
     memory.update(["one", "two"], [site(0x1000), TableSite(0x2000, "two", Action.SKIP, 0x77, 99, b"ab", b"\xcc\xcc")])
     memory.write(memory.table().repair_writes([Repair(RepairKind.SIGNAL_MASK, 12, 0x1122334455667788)]))
+    memory.write(UserLibrary(KernelAction(0x55, 0x66, 0x77, 0x88), 0x99, b"\xaa" * 32, "/srv/handler.so").writes())
     data = memory.data
 
     def number(offset: int, size: int = 4) -> int:
@@ -189,9 +195,12 @@ def test_what_python_writes_is_what_c_reads(in_c: dict[str, int]) -> None:
     assert number(repair + in_c["repair.kind"]) == RepairKind.SIGNAL_MASK
     assert number(repair + in_c["repair.id"]) == 12
     assert number(repair + in_c["repair.start_time"], 8) == 0x1122334455667788
-    previous = in_c["table.previous"]
     order = ("handler", "flags", "restorer", "mask")
-    assert [number(previous + in_c[f"sigaction.{name}"], 8) for name in order] == [0x11, 0x22, 0x33, 0x44]
+    for action, values in (("previous", [0x11, 0x22, 0x33, 0x44]), ("user", [0x55, 0x66, 0x77, 0x88])):
+        assert [number(in_c[f"table.{action}"] + in_c[f"sigaction.{name}"], 8) for name in order] == values
+    assert number(in_c["table.library"], 8) == 0x99
+    assert data[in_c["table.library_digest"] :][:32] == b"\xaa" * 32
+    assert data[in_c["table.library_path"] :][:16] == b"/srv/handler.so\0"
 
 
 def test_the_parts_of_a_table_do_not_overlap() -> None:
@@ -204,6 +213,39 @@ def test_the_parts_of_a_table_do_not_overlap() -> None:
 
 
 # Round trips.
+
+
+@pytest.mark.parametrize("path", ["/srv/handler.so", "/srv/ü\udc80.so", ""])
+def test_a_users_library_is_read_back(path: str) -> None:
+    memory = Memory()
+    library = UserLibrary(KernelAction(0x1234, 4), 0x1000, bytes(range(32)), path)
+    memory.write(library.writes())
+    assert memory.table().user == library
+    memory.write(library.out_of_force().writes())
+    assert memory.table().user == replace(library, action=KernelAction())
+    assert not memory.table().user.is_in_force
+
+
+def test_a_users_library_is_recorded_before_it_is_in_force_and_until_it_is_out_of_force() -> None:
+    memory = Memory()
+    library = UserLibrary(KernelAction(0x1234, 4), 0x1000, bytes(range(32)), "/srv/handler.so")
+    for write in library.writes():
+        assert not memory.table().user.is_in_force
+        memory.write([write])
+    assert memory.table().user == library
+    first, *rest = library.out_of_force().writes()
+    memory.write([first])
+    assert memory.table().user == replace(library, action=KernelAction(0, 4))
+    memory.write(rest)
+    assert memory.table().user == library.out_of_force()
+
+
+def test_a_long_path_is_shortened_to_its_end() -> None:
+    memory = Memory()
+    memory.write(UserLibrary(KernelAction(1), 1, bytes(32), "/" + "x" * 2000 + "/handler.so").writes())
+    user = memory.table().user
+    assert user.path.startswith("...x") and user.path.endswith("x/handler.so")
+    assert len(user.path) == 1023
 
 
 def test_an_empty_table_is_read_back() -> None:
@@ -542,7 +584,8 @@ def test_large_counts_in_a_small_table_take_no_memory() -> None:
         (SMALL.sites[1] + 40, 0x0FFF, "does not fit the table"),
         (SMALL.sites[1] + 28, 0, "does not fit the table"),
         (SMALL.sites[1] + 28, 0x101, "does not fit the table"),
-        (SMALL.sites[1] + 36, 8, "unknown action 8"),
+        (SMALL.sites[1] + 36, 8, "does not fit the table"),
+        (SMALL.sites[1] + 36, 9, "unknown action 9"),
         (SMALL.sites[1] + 36, 0, "unknown action 0"),
         (NAMES, 0xFF, "name is not readable"),
         (NAMES, 0x1B, "name is not readable"),

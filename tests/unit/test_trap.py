@@ -27,6 +27,7 @@ from dynacut.handlers.table import (
     Layout,
     Table,
     TableSite,
+    UserLibrary,
     Write,
 )
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP
@@ -578,6 +579,69 @@ def test_a_kill_by_a_user_is_no_hit_even_right_behind_a_patched_byte(program: Pr
     program.plant(site)
     assert program.direct(site.address + 1, SI_USER) == (site.address + 1, 0x77, 0)
     assert program.hits() == [0]
+
+
+# The handler of a user's library.
+
+
+def use(program: Program, step: int, flags: int = SA_SIGINFO | SA_NODEFER) -> None:
+    """Puts the program's user_handler in force: it goes on `step` bytes behind each trap."""
+    assert program.ask(f"step {step}") == "ok"
+    for write in UserLibrary(KernelAction(program.functions["user_handler"], flags), 0x1000).writes():
+        program.write(write)
+
+
+@pytest.mark.parametrize(("flags", "mask"), [(SA_SIGINFO | SA_NODEFER, 0), (SA_SIGINFO, SIGTRAP_BIT)])
+@pytest.mark.parametrize("name", ["breakpoint", "software"])
+def test_a_users_handler_gets_the_programs_own_traps(
+    started: Callable[[], Program], name: str, flags: int, mask: int
+) -> None:
+    program = started()
+    assert program.ask(f"own handler {SA_SIGINFO:x}") == "ok"
+    program.install()
+    use(program, 1, flags)
+    assert program.call(program.functions[name]) == (7 if name == "breakpoint" else 8)
+    assert program.ask("used") == f"1 {mask:x}"
+    assert program.ask("handled").startswith("0 "), "it comes before the program's own handler"
+    for write in program.table().user.out_of_force().writes():
+        program.write(write)
+    assert program.call(program.functions[name]) == (7 if name == "breakpoint" else 8)
+    assert program.ask("used").startswith("1 ")
+    assert program.ask("handled").startswith("1 ")
+
+
+def test_a_users_handler_gets_the_hits_of_its_sites_and_no_others(program: Program) -> None:
+    use(program, 4)
+    program.plant(
+        program.site("plain", Action.RETURN, 5),
+        program.site("steps", Action.HANDLER, at=3),
+    )
+    assert program.call(program.functions["plain"]) == 5
+    assert program.ask("used").startswith("0 ")
+    assert program.call(program.functions["steps"], 100) == 106, "the handler left out one instruction"
+    assert program.ask("used").startswith("1 ")
+    assert program.hits() == [1, 1]
+
+
+def test_a_users_handler_sees_hits_in_the_midst_of_a_block(program: Program) -> None:
+    use(program, 4)
+    site = program.site("steps", Action.HANDLER, length=15)
+    program.plant(site)
+    program.poke(site.address + 11, site.old[11:])
+    assert program.call(site.address + 7, 100) == 104
+    assert program.hits() == [1]
+
+
+def test_a_hit_for_a_handler_that_is_not_there_ends_the_process(program: Program) -> None:
+    program.plant(program.site("plain", Action.HANDLER))
+    assert death(program, f"call {program.functions['plain']:x} 1") == -signal.SIGTRAP
+    assert program.hits() == [1]
+
+
+def test_a_users_handler_gets_kills_too(program: Program) -> None:
+    use(program, 1)
+    assert program.ask("kill") == "alive"
+    assert program.ask("used").startswith("1 ")
 
 
 def test_without_sites_every_breakpoint_is_the_programs(started: Callable[[], Program]) -> None:

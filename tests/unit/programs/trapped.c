@@ -89,6 +89,19 @@ static void own_handler(int number, siginfo_t *info, void *context)
 	handled_mask = blocked();
 }
 
+/* As of a user's library: goes on `user_step` bytes after the trap. */
+static volatile int user_calls;
+static volatile long user_step;
+static volatile uint64_t user_mask;
+
+void user_handler(int number, siginfo_t *info, void *context)
+{
+	(void)number, (void)info;
+	user_calls++;
+	user_mask = blocked();
+	((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP] += user_step - 1;
+}
+
 static void poke(uint64_t address, const char *hex)
 {
 	unsigned char bytes[4096];
@@ -158,6 +171,11 @@ static void run(char *line)
 		puts("ok");
 	} else if (strcmp(line, "handled") == 0) {
 		printf("%d %d %lx\n", handled, handled_code, handled_mask);
+	} else if (sscanf(line, "step %ld", &a) == 1) {
+		user_step = (long)a;
+		puts("ok");
+	} else if (strcmp(line, "used") == 0) {
+		printf("%d %lx\n", user_calls, user_mask);
 	} else if (strcmp(line, "kill") == 0) {
 		kill(getpid(), SIGTRAP);
 		puts("alive");

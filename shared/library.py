@@ -1,0 +1,45 @@
+"""A user's handler library, ready to be mapped into a target: all its bytes, for their addresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynacut.handlers.table import UserLibrary
+from dynacut.shared.target import PAGE_SIZE
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class LibrarySegment:
+    """A range of whole pages. address: absolute; size: in bytes; protection: PROT_ bits, as of mmap(2)."""
+
+    address: int
+    size: int
+    protection: int
+    contents: bytes
+    """What it begins with; zeros follow."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the library may change it."""
+        return bool(self.protection & PROT_WRITE)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library relocated for its place in one target. Segments ascend, and are apart from everything else mapped."""
+
+    record: UserLibrary
+    """What the table says of it once it is in force."""
+    segments: tuple[LibrarySegment, ...]
+    is_mapped: bool
+    """Whether its segments are in the target already."""
+    bound_to: tuple[int, ...]
+    """The load bases of the target's modules that it holds addresses of."""
+
+    @property
+    def range(self) -> range:
+        """All its addresses, with a free page on either side: neighbours of the same protection would merge with it."""
+        last = self.segments[-1]
+        return range(self.segments[0].address - PAGE_SIZE, last.address + last.size + PAGE_SIZE)
