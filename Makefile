@@ -3,12 +3,13 @@
 .DELETE_ON_ERROR:
 # Prerequisites are made in the order they are written, also under make -j: tools first, then what needs them.
 .NOTPARALLEL:
-.PHONY: help setup criu demo test check lint bench clean ready-demo ready-check ready-test links
+.PHONY: help setup criu demo test check lint fuzz bench clean ready-demo ready-check ready-test links
 
 PYTHON := .venv/bin/python
 PACKAGES := $(wildcard cli live offline shared handlers)
 # Everything typed besides the packages; folders without Python files are passed over.
-TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/unit/*.py tests/integration/*.py examples/*.py bench/*.py))))
+TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/unit/*.py tests/integration/*.py examples/*.py bench/*.py)))) \
+	$(wildcard tests/*.py)
 HANDLER_SOURCES := handlers/build.py $(wildcard handlers/*.c handlers/*.h handlers/*.ld)
 
 help: ## show the targets
@@ -22,8 +23,8 @@ criu: ## get a CRIU that works on this kernel: as root
 demo: ready-demo handlers/trap.bin build/notes ## switch a command of a small server off and on again
 	@$(PYTHON) examples/demo.py
 
-check: lint ## format, lint, types and unit tests: seconds
-	@$(PYTHON) -m pytest tests/unit
+check: lint ## format, lint, types and the quick unit tests: half a minute
+	@$(PYTHON) -m pytest -m 'not slow' tests/unit
 
 ifeq ($(shell id -u),0)
 test: ready-test lint ## everything, with real processes and servers: as root
@@ -34,6 +35,9 @@ test: lint
 	echo '*** THE INTEGRATION TESTS WERE NOT RUN: they patch processes, which needs root (sudo make test) ***' >&2; \
 	exit $${status:-1}
 endif
+
+fuzz: ready-check handlers/trap.bin ## try 100,000 mutated images: half an hour
+	@$(PYTHON) tests/fuzz_images.py --count 100000
 
 bench: ready-test handlers/trap.bin ## measure dynacut beside its peers: as root
 	@$(PYTHON) bench/run.py

@@ -116,6 +116,7 @@ def check_sound(elf: ElfFile, blocks: BlockMap, theirs: dict[int, str]) -> None:
             assert target in known or not blocks.is_boundary(target), f"{offset:#x} {text}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*SERVERS, LIBC, LIBCRYPTO])
 def test_same_as_objdump(path: str, tmp_path: Path) -> None:
     if not Path(path).exists() or not shutil.which("objdump"):

@@ -157,6 +157,7 @@ def check_sound(flow: Flow, candidates: list[Candidate]) -> None:
             assert instruction is not None and instruction.size == len(old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SERVERS)
 def test_any_coverage_gives_sound_candidates_in_the_same_order(path: str) -> None:
     if not Path(path).exists():

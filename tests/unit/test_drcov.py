@@ -450,6 +450,7 @@ def reads_or_refuses(path: Path, data: bytes) -> None:
         assert all(size > 0 for module in found.coverage.modules for size in module.blocks.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", BASES)
 def test_every_truncation(path: Path, data: bytes) -> None:
     whole = read_bytes(path, data)

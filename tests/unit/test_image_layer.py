@@ -29,8 +29,9 @@ from image_builder import (
 
 from dynacut.handlers.table import Table
 from dynacut.offline.change import change, look
-from dynacut.offline.images.files import MAX_PARENTS
+from dynacut.offline.images.files import MAX_PARENTS, ImageFolder, packed
 from dynacut.offline.images.image import Image
+from dynacut.offline.images.pages import PAGEMAP_MAGIC
 from dynacut.offline.layer import Written, write_image
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError
@@ -240,6 +241,23 @@ def test_unknown_fields_survive(tmp_path: Path, flat: bool) -> None:
     disabled(original(tmp_path), tmp_path / "new", flat=flat)
     for name in (f"core-{ROOT_PID}.img", f"core-{BLOCKING_TID}.img", f"mm-{ROOT_PID}.img", "pstree.img"):
         assert UNKNOWN in (tmp_path / "new" / name).read_bytes()
+
+
+def test_entries_of_pages_that_stay_keep_their_bytes(tmp_path: Path) -> None:
+    """Also what a CRIU to come adds to them, and the limits that dumping gave them."""
+    name = f"pagemap-{ROOT_PID}.img"
+    source = original(tmp_path)
+    with ImageFolder(source) as folder:
+        head, *entries = (data + UNKNOWN for data in folder.messages(name, PAGEMAP_MAGIC))
+    (source / name).write_bytes(packed(PAGEMAP_MAGIC, [head, *entries]))
+    with Image(source) as image:
+        image.processes[0].write(HEAP + 3 * PAGE_SIZE, b"not in the image before")
+        write(image, tmp_path / "new")
+    with ImageFolder(tmp_path / "new") as folder:
+        new_head, *new_entries = folder.messages(name, PAGEMAP_MAGIC)
+    assert new_head == head
+    assert len(new_entries) == len(entries) + 1
+    assert set(entries) < set(new_entries)
 
 
 @KINDS

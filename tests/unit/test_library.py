@@ -381,6 +381,7 @@ def test_how_it_is_written(tmp_path: Path) -> None:
         LibraryFile.parse(f"{colon}:absent")
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_bound_but_never_a_crash(

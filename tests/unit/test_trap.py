@@ -453,6 +453,7 @@ def learn_by_threads(program: Program) -> None:
     assert program.hammered() == [{1}, {2}, {0}, {1}]
 
 
+@pytest.mark.slow
 def test_the_banks_may_turn_while_threads_hit(program: Program) -> None:
     names = ("plain", "other", "steps")
     sites = {name: program.site(name, Action.RETURN, 0) for name in names}
