@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from .conftest import Dynacut
+from .load import Load
 from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError
+from .test_offline import checkpointed
 from .test_trace import begin
 from .tracer import Tracer
 from .untouched import Snapshot
@@ -139,6 +141,27 @@ def check_http(
     assert server.request("GET", "/missing")[0] == 404
     dynacut.json("live", "--pid", server.pid, *options, "--undo")
     assert do("v") in (200, 201, 204)
+    check_offline(server, dynacut, plan, do)
+
+
+def check_offline(server: HttpServer, dynacut: Dynacut, plan: Path, do: Callable[[str], int]) -> None:
+    """The same plan by way of a checkpoint, under load: the connections go on, and the method is refused."""
+
+    def get() -> Callable[[], object]:
+        connection = server.connect()
+        return lambda: connection.request("GET", "/")[::2] == (200, b"hello\n")
+
+    with Load.each(get, threads=2, expect=True) as gets:
+        gets.wait_for(50)
+        image = checkpointed(server, dynacut, plan.with_name("image"))
+        dynacut.json("offline", image, "--plan", plan, "-o", plan.with_name("layer"))
+        dynacut.json("restore", plan.with_name("layer"))
+        for _ in range(4):
+            assert do("v") >= 400
+        gets.wait_for(50)
+        dynacut.json("live", "--pid", server.pid, "--tree", "--undo")
+        assert do("v") in (200, 201, 204)
+    assert (gets.failures, gets.wrong) == (0, 0), gets.first
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "MKCOL"])

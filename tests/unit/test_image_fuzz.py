@@ -59,6 +59,7 @@ def test_the_seeds_themselves_are_accepted(seeds: list[Seed], folder: Path) -> N
         assert try_image(seed.directory, folder / f"tried-{index}", PLAN) == "changed and undone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_mutated_images_are_refused_or_read_as_they_are(seeds: list[Seed], folder: Path, batch: int) -> None:
     seed = seeds[batch % len(seeds)]
@@ -72,6 +73,7 @@ def test_mutated_images_are_refused_or_read_as_they_are(seeds: list[Seed], folde
     assert results["changed and undone"] > COUNT // 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_each_mutant_is_only_looked_at(seeds: list[Seed], folder: Path, batch: int) -> None:
     """Many more of them, as opening is where nearly all are refused."""

@@ -102,6 +102,7 @@ def check(process: ImageProcess, model: dict[int, bytearray]) -> None:
     assert all(process.read(page, PAGE_SIZE) == data for page, data in model.items())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     depths=st.lists(st.integers(-1, 2), min_size=ANONYMOUS_PAGES, max_size=ANONYMOUS_PAGES),
