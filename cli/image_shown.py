@@ -148,6 +148,6 @@ def show_disassembly(image: Image, site: str, pids: Sequence[int], *, as_json: b
             }
         )
         return
-    print(f"{place} of {process.label}")
+    print(printable(f"{place} of {process.label}"))
     for line in lines:
         print(f"  {line.address:#x}  {line.data.hex(' '):<32}  {line.text}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import print_json, warn
+from dynacut.cli.fallback import Fallback, add_fallback_options, by_checkpoint, check_usage
 from dynacut.cli.shown import inspected_document, print_features, print_modules, processes_document
 from dynacut.cli.what import Request, add_options
-from dynacut.shared.errors import ExitStatus
+from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.report import SCHEMA, merged_features
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ EPILOG = """examples:
   dynacut live --pid 4711 --enable set
   dynacut live --name nginx --tree --plan no-webdav.toml
   dynacut live --pid 4711 --undo
+  dynacut live --pid 4711 --plan no-set.toml --fallback checkpoint
 """
 
 
@@ -33,24 +36,38 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--pid", type=int, metavar="P", help="the process")
     target.add_argument("--name", dest="process_name", metavar="N", help="the only process (or tree) of that name")
     parser.add_argument("--tree", action="store_true", help="all its descendants as well")
+    parser.add_argument("-o", dest="output", type=Path, metavar="F", help="with --learned: the log to write")
     add_options(parser)
+    add_fallback_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
     """Shows or changes."""
     from dynacut.live.change import change, look
+    from dynacut.live.refusal import NeedsCheckpointError
 
     started = time.perf_counter()
     request = Request(arguments)
+    if arguments.output is not None and not arguments.learned:
+        raise DynacutError("-o belongs to --learned", "a running process is changed in place", status=ExitStatus.USAGE)
+    check_usage(arguments, changes=request.changes)
+    fallback: Fallback | None = None
     pid = arguments.pid
     if pid is None:
         from dynacut.live.tree import by_name
 
         pid = by_name(arguments.process_name)
+    if arguments.learned:
+        return _show_learned(pid, arguments)
     if request.changes:
-        outcome = change(
-            pid, request.resolve, tree=arguments.tree, dry_run=arguments.dry_run, timeout=arguments.timeout
-        )
+        try:
+            outcome = change(
+                pid, request.resolve, tree=arguments.tree, dry_run=arguments.dry_run, timeout=arguments.timeout
+            )
+        except NeedsCheckpointError as refused:
+            if arguments.fallback is None or refused.status is not ExitStatus.REFUSED:
+                raise
+            outcome, fallback = by_checkpoint(pid, request.resolve, refused, arguments)
     else:
         outcome = look(pid, tree=arguments.tree)
     wall_ms = (time.perf_counter() - started) * 1000
@@ -59,13 +76,29 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     for line in outcome.skipped:
         warn(f"left alone: {line}")
     if arguments.json:
-        print_json(_document(outcome, arguments, wall_ms))
+        document = _document(outcome, arguments, wall_ms)
+        print_json(document if fallback is None else document | {"fallback": fallback.document()})
     elif not arguments.quiet:
         if request.changes:
-            _print_change(outcome, arguments, wall_ms)
+            _print_change(outcome, arguments, wall_ms, fallback)
         else:
             print_modules(outcome.processes)
         print_features(outcome.processes, with_sites=arguments.verbose > 0)
+    return ExitStatus.DONE if fallback is None else fallback.status
+
+
+def _show_learned(pid: int, arguments: argparse.Namespace) -> ExitStatus:
+    from dynacut.cli.learned import show_learned
+    from dynacut.live.learned import learned
+
+    show_learned(
+        learned(pid, tree=arguments.tree),
+        {"pid": pid},
+        arguments.output,
+        as_json=arguments.json,
+        verbose=arguments.verbose > 0,
+        quiet=arguments.quiet,
+    )
     return ExitStatus.DONE
 
 
@@ -87,14 +120,18 @@ def _document(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -
     return document | inspected_document(outcome.processes)
 
 
-def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -> None:
+def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float, fallback: Fallback | None) -> None:
     processes = f"{len(outcome.processes)} processes" if arguments.tree else f"process {outcome.processes[0].pid}"
     places = f"{outcome.edits} place{'' if outcome.edits == 1 else 's'}"
     if arguments.dry_run:
-        print(f"{processes}: {places} would be changed; everything fits, nothing was touched")
+        how = "" if fallback is None else " by a checkpoint"
+        print(f"{processes}: {places} would be changed{how}; everything fits, nothing was touched")
     elif outcome.changed:
         done = "everything is as it was before" if arguments.undo else "done"
-        print(f"{processes}: {done} ({places} changed) in {wall_ms:.0f} ms, {_stops(outcome)}")
+        how = _stops(outcome) if fallback is None else fallback.summary
+        print(f"{processes}: {done} ({places} changed) in {wall_ms:.0f} ms, {how}")
+    elif fallback is not None and fallback.trip is not None:
+        print(f"{processes}: unchanged, {fallback.summary}")
     else:
         print(f"{processes}: nothing to change")
 

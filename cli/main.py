@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dynacut.cli import checkpoint, compare, live, offline, plan, restore, trace
+from dynacut.cli import checkpoint, compare, doctor, live, offline, plan, restore, trace, trim
 from dynacut.cli.console import print_error
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 STARTED = time.perf_counter()
-_COMMANDS = (live, offline, trace, plan, checkpoint, restore, compare)
+_COMMANDS = (live, offline, trace, plan, checkpoint, restore, compare, trim, doctor)
 """Each has NAME, HELP, prepare_parser(parser) and run(arguments) -> ExitStatus."""
 
 

@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 
             show_disassembly(image, arguments.disassemble, arguments.pid, as_json=arguments.json)
             return ExitStatus.DONE
+        if arguments.learned:
+            return _show_learned(image, arguments)
         if request.changes:
             outcome = change(
                 image,
@@ -82,10 +84,28 @@ def _check_usage(arguments: argparse.Namespace, *, changes: bool) -> None:
 
     if changes and arguments.output is None and not arguments.dry_run:
         raise usage("a changed image needs a place", "give a new directory by -o OUT_DIR, or try with --dry-run")
-    if not changes and (arguments.output is not None or arguments.flat):
+    if not changes and not arguments.learned and (arguments.output is not None or arguments.flat):
         raise usage("-o and --flat without a change to write", "add --plan, --disable, --enable or --undo")
     if changes and arguments.disassemble:
         raise usage("--disassemble only shows", "do one after the other")
+
+
+def _show_learned(image: Image, arguments: argparse.Namespace) -> ExitStatus:
+    from dynacut.cli.learned import show_learned
+    from dynacut.shared.keep import learned_blocks, union_of_all
+    from dynacut.shared.region import find_region
+
+    chosen = [process for process in image.processes if not arguments.pid or process.pid in arguments.pid]
+    regions = [(process, find_region(process)) for process in chosen]
+    show_learned(
+        union_of_all(learned_blocks(process, found.table if found else None) for process, found in regions),
+        {"image": str(arguments.image)},
+        arguments.output,
+        as_json=arguments.json,
+        verbose=arguments.verbose > 0,
+        quiet=arguments.quiet,
+    )
+    return ExitStatus.DONE
 
 
 def _report(image: Image, outcome: Outcome, arguments: argparse.Namespace, *, changes: bool, wall_ms: float) -> None:

@@ -7,26 +7,30 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.cli.console import print_json, print_table, warn
+from dynacut.cli import plan_startup
+from dynacut.cli.console import print_json, print_table
+from dynacut.cli.plan_startup import read_union, usage, write_plan
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.plan import name_problem
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.live.trial import Trial
-    from dynacut.shared.coverage import Coverage
     from dynacut.shared.suggest import Difference, Suggestion
 
 NAME = "plan"
-HELP = "find the blocks of a feature, and a way to switch it off"
+HELP = "find the blocks of a feature and a way to switch it off, or start-up code"
 DESCRIPTION = (
     "Find what only unwanted requests execute, and a redirect from there into the program's own error path. With "
-    "--try, prove it on a sacrificial instance: apply, probe, undo, and on to the next way until one works."
+    "--try, prove it on a sacrificial instance: apply, probe, undo, and on to the next way until one works. Or, with "
+    "--init and --serving, plan to remove what ran at start-up only; --keep takes out of a plan what has to stay."
 )
 EPILOG = """examples:
   dynacut plan --wanted get.drcov --unwanted set.drcov --name set -o set.toml
   dynacut plan --wanted get.drcov --unwanted set.drcov --name set -o set.toml --try --pid 4711 \\
       --probe-unwanted 'redis-cli -e set k v' --probe-wanted 'redis-cli -e get k'
+  dynacut plan --init redis.start.drcov --serving redis.serving.drcov -o startup.toml
+  dynacut plan --plan startup.toml --keep learned.drcov --on-hit terminate -o final.toml
 """
 _SHOWN = 8
 
@@ -34,10 +38,11 @@ _SHOWN = 8
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     logs = parser.add_argument_group("coverage (drcov)")
-    logs.add_argument("--wanted", nargs="+", type=Path, required=True, metavar="F", help="of requests that must go on")
-    logs.add_argument("--unwanted", nargs="+", type=Path, required=True, metavar="F", help="of requests to switch off")
+    logs.add_argument("--wanted", nargs="+", type=Path, metavar="F", help="of requests that must go on")
+    logs.add_argument("--unwanted", nargs="+", type=Path, metavar="F", help="of requests to switch off")
     logs.add_argument("--error", nargs="+", type=Path, metavar="F", help="of unwanted requests that are refused anyway")
-    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="PLAN.toml", help="the plan")
+    plan_startup.add_options(parser)
+    parser.add_argument("-o", dest="output", type=Path, metavar="PLAN.toml", help="the plan")
     parser.add_argument("--name", default="feature", metavar="NAME", help="the feature's name (default: feature)")
     trial = parser.add_argument_group("trying it")
     trial.add_argument("--try", dest="tried", action="store_true", help="try the ways found, on --pid or on -- CMD")
@@ -55,17 +60,27 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
     """Finds, tries, writes the plan."""
+    feature = bool(arguments.wanted or arguments.unwanted)
+    if feature + bool(arguments.init) + bool(arguments.keep) != 1:
+        raise usage("give one of --wanted with --unwanted, --init with --serving, --plan with --keep")
+    _check_belonging(arguments, feature=feature)
+    if not feature:
+        return plan_startup.run(arguments)
     from dynacut.shared.suggest import suggest
 
+    if not (arguments.wanted and arguments.unwanted):
+        raise usage("--wanted and --unwanted need each other")
+    if arguments.output is None:
+        raise usage("-o PLAN.toml is missing")
     if problem := name_problem(arguments.name):
-        raise _usage(problem)
+        raise usage(problem)
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if arguments.tried and (arguments.pid is None) == (not command):
-        raise _usage("--try needs an instance: either --pid or -- CMD")
+        raise usage("--try needs an instance: either --pid or -- CMD")
     if arguments.tried and not arguments.probe_unwanted:
-        raise _usage("--try needs --probe-unwanted")
-    error = _read(arguments.error) if arguments.error else None
-    differences, suggestions = suggest(_read(arguments.wanted), _read(arguments.unwanted), error)
+        raise usage("--try needs --probe-unwanted")
+    error = read_union(arguments.error) if arguments.error else None
+    differences, suggestions = suggest(read_union(arguments.wanted), read_union(arguments.unwanted), error)
     if not suggestions:
         raise DynacutError(
             "no safe way was found to switch off what only the unwanted requests execute",
@@ -83,17 +98,21 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
-def _read(paths: list[Path]) -> Coverage:
-    from dynacut.shared.drcov import read_log
-    from dynacut.shared.suggest import union_of
-
-    coverages = []
-    for path in paths:
-        log = read_log(path)
-        for line in log.warnings:
-            warn(f"{path}: {line}")
-        coverages.append(log.coverage)
-    return union_of(coverages)
+def _check_belonging(arguments: argparse.Namespace, *, feature: bool) -> None:
+    """Refuses options that belong to another way of making a plan than the one asked for."""
+    of_startup = arguments.serving or arguments.init_point or arguments.module or arguments.all_modules
+    for options, owner, misplaced in (
+        (
+            "--error, --try and -- CMD",
+            "--wanted",
+            (arguments.error or arguments.tried or arguments.command) and not feature,
+        ),
+        ("--serving, --init-point and --module", "--init", of_startup and not arguments.init),
+        ("--plan", "--keep", arguments.plan and not arguments.keep),
+        ("--on-hit and --scope", "--init or --keep", (arguments.on_hit or arguments.scope) and feature),
+    ):
+        if misplaced:
+            raise usage(f"{options}: only with {owner}")
 
 
 def _try(
@@ -123,19 +142,15 @@ def _try(
 
 
 def _write(arguments: argparse.Namespace, chosen: Suggestion, trials: list[Trial]) -> None:
-    lines = [f"# {printable(chosen.candidate.reason)}"]
+    lines = [chosen.candidate.reason]
     if trials:
-        lines.append(f"# Tried: way {len(trials)} of those found works.")
-        lines += [f"#   probe, shall fail:    {printable(probe)}" for probe in arguments.probe_unwanted]
-        lines += [f"#   probe, shall succeed: {printable(probe)}" for probe in arguments.probe_wanted]
-        lines += [f"#   {index}. {printable(trial.verdict)}" for index, trial in enumerate(trials, 1)]
+        lines.append(f"Tried: way {len(trials)} of those found works.")
+        lines += [f"  probe, shall fail:    {probe}" for probe in arguments.probe_unwanted]
+        lines += [f"  probe, shall succeed: {probe}" for probe in arguments.probe_wanted]
+        lines += [f"  {index}. {trial.verdict}" for index, trial in enumerate(trials, 1)]
     else:
-        lines.append("# Not tried yet: see `dynacut plan --try`.")
-    text = "\n".join(lines) + "\n" + chosen.plan(arguments.name).to_toml()
-    try:
-        arguments.output.write_text(text)
-    except OSError as error:
-        raise DynacutError(f"{arguments.output} cannot be written: {error.strerror}") from None
+        lines.append("Not tried yet: see `dynacut plan --try`.")
+    write_plan(arguments.output, chosen.plan(arguments.name), lines)
 
 
 def _print(
@@ -175,7 +190,3 @@ def _document(
         "trials": [trial.verdict for trial in trials],
         "works": trials[-1].works if trials else None,
     }
-
-
-def _usage(problem: str) -> DynacutError:
-    return DynacutError(problem, "see dynacut plan --help", status=ExitStatus.USAGE)

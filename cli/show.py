@@ -13,6 +13,8 @@ from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dynacut.shared.picture import DrawnModule, Phase, Picture, Share
 
 _SUFFIX = ".drcov"
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     for line in picture.warnings:
         warn(line)
     if arguments.html:
-        _write(arguments.html, page_of(picture))
+        write_page(arguments.html, page_of(picture))
     if arguments.json:
         print_json(_document(picture, arguments.html))
     elif not arguments.quiet:
@@ -217,8 +219,11 @@ def _of(share: Share) -> dict[str, int]:
 # As a page for a browser.
 
 
-def page_of(picture: Picture) -> str:
-    """Return the page: one document that loads nothing and runs no script but its own."""
+def page_of(picture: Picture, figures: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())) -> str:
+    """Return the page: one document that loads nothing and runs no script but its own.
+
+    figures: columns and rows of a table to stand above the pictures.
+    """
     import base64
     import hashlib
 
@@ -255,6 +260,8 @@ def page_of(picture: Picture) -> str:
             }
             for module in picture.modules
         ],
+        columns=figures[0],
+        figures=[[printable(cell) for cell in row] for row in figures[1]],
         warnings=[printable(line) for line in picture.warnings],
         data=_data(picture, colours),
     )
@@ -293,7 +300,8 @@ def _data(picture: Picture, colours: list[str]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, text: str) -> None:
+def write_page(path: Path, text: str) -> None:
+    """Writes a page, or another text; DynacutError if it cannot be written."""
     try:
         path.write_text(text, "utf-8")
     except OSError as error:

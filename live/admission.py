@@ -9,10 +9,15 @@ from pathlib import Path
 
 from dynacut.live.proc import TaskStatus, task_status, thread_ids
 from dynacut.live.process import gone
+from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.errors import DynacutError
 
-_OFFLINE = "checkpoint it and use `dynacut offline` instead"
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _ELFCLASS64 = 2
+YAMA_3_ADVICE = (
+    "set kernel.yama.ptrace_scope lower in /etc/sysctl.d and start the machine again: it cannot be lowered before, and "
+    "CRIU may not trace either"
+)
 
 
 def admit(pid: int, *, changing: bool) -> None:
@@ -55,13 +60,12 @@ def _check_thread(label: str, status: TaskStatus) -> None:
     if status.tracer:
         raise DynacutError(
             f"{label} is traced already, by process {status.tracer} ({_name(status.tracer)})",
-            f"end that debugger or tracer first, or {_OFFLINE}",
+            "end that debugger or tracer first; CRIU cannot dump a traced process either",
         )
     if status.seccomp:
         mode = "strict mode" if status.seccomp == 1 else "a filter"
-        raise DynacutError(
-            f"{label} runs under seccomp ({mode}), which may end it when it makes a system call for dynacut",
-            _OFFLINE,
+        raise NeedsCheckpointError(
+            f"{label} runs under seccomp ({mode}), which may end it when it makes a system call for dynacut"
         )
 
 
@@ -92,7 +96,7 @@ def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, s
         )
     scope = yama_scope()
     if scope == 3:
-        return f"{label} may not be traced: Yama forbids all tracing (ptrace_scope 3)", _OFFLINE
+        return f"{label} may not be traced: Yama forbids all tracing (ptrace_scope 3)", YAMA_3_ADVICE
     if scope in (1, 2) and me != 0:
         return (
             f"{label} may not be traced: Yama allows {'parents' if scope == 1 else 'root'} only (ptrace_scope {scope})",
@@ -105,10 +109,10 @@ def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, s
     )
 
 
-def yama_scope() -> int | None:
+def yama_scope(setting: Path = _YAMA) -> int | None:
     """Yama's ptrace_scope (Documentation/admin-guide/LSM/Yama.rst); None where Yama is not there."""
     try:
-        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+        return int(setting.read_text())
     except (OSError, ValueError):
         return None
 

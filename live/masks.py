@@ -15,6 +15,7 @@ from dataclasses import replace
 from dynacut.handlers.table import KernelAction, Repair, RepairKind, Table
 from dynacut.live.proc import blocked_in, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
+from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.remote import Remote, StopClock
 from dynacut.live.slots import write_all
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
@@ -30,7 +31,7 @@ _LOOK_PAUSE = 0.002
 _QUIET_LOOKS = 3
 _STOP_TIMEOUT = 0.5
 # rt_sigtimedwait, rt_sigsuspend, pselect6, ppoll, epoll_pwait, io_pgetevents, epoll_pwait2
-_WITH_TEMPORARY_MASK = frozenset({128, 130, 270, 271, 281, 333, 441})
+WITH_TEMPORARY_MASK = frozenset({128, 130, 270, 271, 281, 333, 441})
 
 
 def blocking_threads(pid: int) -> list[int]:
@@ -84,9 +85,9 @@ def unblock_threads(process: Process, region: Region, table: Table, clock: StopC
             except (ThreadGoneError, FileNotFoundError, ProcessLookupError):
                 continue
             except NoStopError:
-                raise DynacutError(
+                raise NeedsCheckpointError(
                     f"thread {tid} of {process.label} blocks SIGTRAP and could not be stopped to change that",
-                    "nothing was disabled; use `dynacut offline` on a checkpoint of it",
+                    "nothing was disabled; try again",
                 ) from None
         if not made and not repairs[len(table.repairs) :]:
             break
@@ -107,7 +108,7 @@ def _suspects(pid: int, looked_at: set[int]) -> list[int]:
     seen = lasting_blockers(pid)
     for tid in thread_ids(pid):
         waits = blocked_in(pid, tid)
-        if waits is not None and waits.number in _WITH_TEMPORARY_MASK and tid not in looked_at:
+        if waits is not None and waits.number in WITH_TEMPORARY_MASK and tid not in looked_at:
             looked_at.add(tid)
             seen.append(tid)
     return seen

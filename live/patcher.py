@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +22,6 @@ from dynacut.handlers.table import (
     OBSERVED_OFFSET,
     PREVIOUS_OFFSET,
     TRACE_MAGIC,
-    Action,
     KernelAction,
     Layout,
     Table,
@@ -32,12 +31,13 @@ from dynacut.handlers.table import (
 from dynacut.live import masks
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
+from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.remote import Remote, StopClock
 from dynacut.live.slots import retire, write_all
 from dynacut.live.tracee import each_stopped, prompt_stops
 from dynacut.live.window import write_in_window
+from dynacut.shared.apply import check_written
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.holes import Patched
 from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.region import Region, find_region, is_our_handler, new_table, original_action, read_table
@@ -45,16 +45,21 @@ from dynacut.shared.target import SIGTRAP
 
 _INT3 = 0xCC
 _LOOK_PAUSE = 0.001
-_STAYS = (
-    "stays in the handler",
-    "all bytes are put back, the handler is still installed; run --undo again",
-    ExitStatus.CHECK_FAILED,
-)
-_NOT_SEEN = (
-    "could not be stopped for an instant",
-    "nothing was disabled; try again with a longer --timeout, or use `dynacut offline` on a checkpoint of it",
-    ExitStatus.REFUSED,
-)
+
+
+def _not_seen(process: Process) -> DynacutError:
+    return NeedsCheckpointError(
+        f"a thread of {process.label} could not be stopped for an instant",
+        "nothing was disabled; try again with a longer --timeout",
+    )
+
+
+def _stays(process: Process) -> DynacutError:
+    return DynacutError(
+        f"a thread of {process.label} stays in the handler",
+        "all bytes are put back, the handler is still installed; run --undo again",
+        status=ExitStatus.CHECK_FAILED,
+    )
 
 
 @dataclass
@@ -97,7 +102,7 @@ class Patcher:
                     self._set_contents(patches)
                 case HandlerChange.REMOVE:
                     self._undo(patches)
-        self._check(patches)
+        check_written(self.process, patches)
 
     def _set_contents(self, patches: PatchSet) -> None:
         """Makes the table say what it shall say afterwards, where that is something else than before."""
@@ -171,7 +176,7 @@ class Patcher:
             write_all(process, region, [Write(OBSERVED_OFFSET, ours.pack())])
             # A fork copies the signal actions before the memory (copy_process in kernel/fork.c): a child of one that
             # began before this must not get an int3 without the handler.
-            self._see_threads(region, _NOT_SEEN)
+            self._see_threads(region, _not_seen)
         repairs = masks.unmask_handlers(process, region, table, remote, actions)
         masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock, self._deadline)
         if not task_status(process.pid).caught & masks.SIGTRAP_BIT:
@@ -197,7 +202,7 @@ class Patcher:
     def _remove(self, region: Region, table: Table) -> None:
         """Takes the handler out of force and empties its table; the sites' bytes are back already."""
         process, remote = self.process, self._remote
-        self._see_threads(region, _STAYS)
+        self._see_threads(region, _stays)
         actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masks.masked_signals(table)]))
         changed: dict[int, KernelAction] = {}
         if is_our_handler(process, actions.pop(SIGTRAP).handler, self.magic):
@@ -229,12 +234,12 @@ class Patcher:
         except DynacutError:
             error.status = ExitStatus.UNKNOWN
 
-    def _see_threads(self, region: Region, otherwise: tuple[str, str, ExitStatus]) -> None:
+    def _see_threads(self, region: Region, otherwise: Callable[[Process], DynacutError]) -> None:
         """Returns when every thread has been seen once outside of the handler, and of all but a wait in the kernel.
 
         After the int3 bytes have gone, none can be on its way into the handler any more: a thread that has run into one
-        gets its SIGTRAP before it returns from the kernel, and is seen with it pending. otherwise: problem, advice and
-        status of the error if a thread is not seen so in time.
+        gets its SIGTRAP before it returns from the kernel, and is seen with it pending. otherwise: makes the error if a
+        thread is not seen so in time.
         """
         pid = self.process.pid
         clean: set[int] = set()
@@ -256,8 +261,7 @@ class Patcher:
             if any(tid not in clean for tid in unseen):
                 time.sleep(_LOOK_PAUSE)  # or a thread in the handler would be stopped again before it gets on
             if time.monotonic() > self._deadline:
-                problem, advice, status = otherwise
-                raise DynacutError(f"a thread of {self.process.label} {problem}", advice, status=status)
+                raise otherwise(self.process)
 
     def _waits_outside(self, tid: int, region: Region) -> bool:
         """Whether a thread sleeps in a system call of the program's own, and so is on no way to the handler."""
@@ -288,23 +292,6 @@ class Patcher:
             for edit in done:
                 self.process.write(edit.address, edit.old)
             raise
-
-    def _check(self, patches: PatchSet) -> None:
-        # A block to be learned may have been put back by its first hit already.
-        learned = {site.address: site.old for site in patches.sites if site.action is Action.LEARN}
-        reader = Patched(self.process, self.table() if patches.unmap else None)
-        wrong = [
-            edit
-            for edit in patches.edits
-            if reader.read(edit.address, len(edit.new)) not in (edit.new, learned.get(edit.address))
-        ]
-        if wrong:
-            raise DynacutError(
-                f"{len(wrong)} of {len(patches.edits)} changes are not in {self.process.label} as written, the first "
-                f"at {wrong[0].address:#x}",
-                "another tool may be patching it as well; `dynacut live --pid` shows what is in force",
-                status=ExitStatus.CHECK_FAILED,
-            )
 
 
 @contextmanager

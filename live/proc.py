@@ -16,8 +16,13 @@ def read_mappings(pid: int) -> tuple[Mapping, ...]:
     Raises:
         OSError: no such process, or not permitted.
     """
+    return parse_mappings(Path(f"/proc/{pid}/maps").read_bytes())
+
+
+def parse_mappings(maps: bytes) -> tuple[Mapping, ...]:
+    """The VMAs that the contents of a maps file tell of, ascending."""
     mappings = []
-    for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+    for line in maps.splitlines():
         addresses, permissions, offset, _, inode, *path = line.split(maxsplit=5)
         start, end = addresses.split(b"-")
         mappings.append(
@@ -66,8 +71,13 @@ def task_status(pid: int, tid: int | None = None) -> TaskStatus:
         FileNotFoundError, ProcessLookupError: it is gone.
     """
     folder = f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
+    return parse_status(Path(folder, "status").read_bytes())
+
+
+def parse_status(status: bytes) -> TaskStatus:
+    """What the contents of a status file tell."""
     fields: dict[str, str] = {}
-    for line in Path(folder, "status").read_text(errors="replace").splitlines():
+    for line in status.decode(errors="replace").splitlines():
         key, _, content = line.partition(":")
         fields.setdefault(key, content.strip())
 
@@ -104,7 +114,11 @@ def thread_ids(pid: int) -> tuple[int, ...]:
 
 def start_time(pid: int, tid: int) -> int:
     """When a thread started, in clock ticks since boot (field 22 of proc_pid_stat(5))."""
-    stat = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
+    return parse_start_time(Path(f"/proc/{pid}/task/{tid}/stat").read_bytes())
+
+
+def parse_start_time(stat: bytes) -> int:
+    """The start time that the contents of a stat file tell, in clock ticks since boot."""
     return int(stat.rpartition(b")")[2].split()[19])
 
 
@@ -136,5 +150,9 @@ def blocked_in(pid: int, tid: int) -> BlockedIn | None:
 
 def command_line(pid: int) -> tuple[str, ...]:
     """The arguments of a process; empty for a zombie or kernel thread."""
-    data = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return tuple(os.fsdecode(argument) for argument in data.split(b"\0")[:-1])
+    return parse_command_line(Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def parse_command_line(cmdline: bytes) -> tuple[str, ...]:
+    """The arguments that the contents of a cmdline file tell."""
+    return tuple(os.fsdecode(argument) for argument in cmdline.split(b"\0")[:-1])

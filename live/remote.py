@@ -23,6 +23,7 @@ from dynacut.handlers.table import (
 )
 from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
+from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.slack import find_slack
 from dynacut.live.slots import MAX_STUB_SIZE, take_slot
 from dynacut.live.stub import Stub, restoring_tail
@@ -110,9 +111,9 @@ class Remote:
                 return False
 
         if not self._wait(mapped):
-            raise DynacutError(
+            raise NeedsCheckpointError(
                 f"{process.label} could not map {CODE_SIZE + layout.total_size} bytes for the handler",
-                "look at its limits of memory (prlimit --as, cgroup); `dynacut offline` does not need them",
+                "look at its limits of memory (prlimit --as, cgroup)",
             )
         process.refresh()
         return region
@@ -131,9 +132,9 @@ class Remote:
                 stub.syscall(_SYS_MMAP, segment.address, segment.size, segment.protection, flags, -1, 0)
                 stub.require(segment.address)
             if not self._run(stub, region):
-                raise DynacutError(
+                raise NeedsCheckpointError(
                     f"{process.label} could not map the library at {segments[0].address:#x}",
-                    "look at its limits of memory (prlimit --as, cgroup); `dynacut offline` does not need them",
+                    "look at its limits of memory (prlimit --as, cgroup)",
                 )
         process.refresh()
         for segment in segments:
@@ -240,9 +241,9 @@ class Remote:
         body = stub.body()
         while not self._try_shot(body, slot):
             if time.monotonic() > self.deadline:
-                raise DynacutError(
+                raise NeedsCheckpointError(
                     f"no thread of {process.label} could be stopped at a safe place in time",
-                    "try again with a longer --timeout, or use `dynacut offline` on a checkpoint",
+                    "try again with a longer --timeout",
                 )
             time.sleep(0.001)
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from dynacut.live.process import Process
-from dynacut.shared.errors import DynacutError
-from dynacut.shared.target import PAGE_SIZE, Mapping
+from dynacut.live.refusal import NeedsCheckpointError
+from dynacut.shared.target import PAGE_SIZE, Mapping, Target
 
 _ALIGNMENT = 16
 _PT_LOAD = 1
 _PF_X = 1
 
 
-def find_slack(process: Process, size: int) -> int:
+def find_slack(process: Target, size: int) -> int:
     """The address of size zero bytes that no segment claims: the tail of the vDSO, else of a module's text.
 
     A slot that an earlier stub lies in is not zero and so passed over: a thread may still be in it.
 
     Raises:
-        DynacutError: there are none left.
+        NeedsCheckpointError: there are none left.
     """
     for start, end in _tails(process):
         data = process.read(start, end - start)
@@ -28,13 +27,12 @@ def find_slack(process: Process, size: int) -> int:
         address = -(-(start + free) // _ALIGNMENT) * _ALIGNMENT
         if address + size <= end:
             return address
-    raise DynacutError(
-        f"{process.label} has no {size} unused bytes of executable memory left for a first system call",
-        "use `dynacut offline` on a checkpoint of it",
+    raise NeedsCheckpointError(
+        f"{process.label} has no {size} unused bytes of executable memory left for a first system call"
     )
 
 
-def _tails(process: Process) -> Iterator[tuple[int, int]]:
+def _tails(process: Target) -> Iterator[tuple[int, int]]:
     """The parts of executable mappings behind their segment's end. The vDSO first: it belongs to no file."""
     for mapping in process.mappings:
         if mapping.path == "[vdso]":
@@ -45,7 +43,7 @@ def _tails(process: Process) -> Iterator[tuple[int, int]]:
                 yield from _tail(process, mapping, module.base)
 
 
-def _tail(process: Process, mapping: Mapping, base: int) -> Iterator[tuple[int, int]]:
+def _tail(process: Target, mapping: Mapping, base: int) -> Iterator[tuple[int, int]]:
     header = process.read(base, 64)
     (table_offset,) = struct.unpack_from("<Q", header, 32)
     entry_size, count = struct.unpack_from("<HH", header, 54)

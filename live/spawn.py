@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 from ptrace.binding.func import PTRACE_TRACEME, ptrace
@@ -27,13 +28,15 @@ class HeldProgram:
     release() has put the entry's bytes back. Leaving the context without release() kills the program.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], output: Path | None = None) -> None:
         """Starts it.
+
+        output: the file its output is appended to; it then is a daemon, with a session of its own and no input.
 
         Raises:
             DynacutError: it cannot be executed.
         """
-        self.pid = _start(command)
+        self.pid = _start(command, output)
         try:
             self.entry = _entry_point(self.pid)
             with Process(self.pid) as process:
@@ -81,12 +84,14 @@ class HeldProgram:
         self._held = False
 
 
-def _start(command: Sequence[str]) -> int:
+def _start(command: Sequence[str], output: Path | None) -> int:
     """Forks and executes; returns with the child stopped behind its execve."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         try:
+            if output is not None:
+                _detach(output)
             ptrace(PTRACE_TRACEME)
             os.execvp(command[0], list(command))
         except (OSError, PtraceError) as error:
@@ -100,6 +105,17 @@ def _start(command: Sequence[str]) -> int:
     if failure or not os.WIFSTOPPED(status):
         raise DynacutError(f"{command[0]} cannot be executed: {failure or 'it ended at once'}")
     return pid
+
+
+def _detach(output: Path) -> None:
+    """Makes this process, a child about to execute a program, a daemon whose output is appended to a file."""
+    os.setsid()
+    log = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, standard in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, standard)
+    os.close(log)
+    os.close(nothing)
 
 
 def _entry_point(pid: int) -> int:

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from ptrace.binding.func import ptrace
 from ptrace.binding.linux_struct import user_regs_struct
 from ptrace.error import PtraceError
 
+from dynacut.live.resumption import Resumption, in_syscall, resumption, was_interrupted
 from dynacut.shared.errors import DynacutError
 
 # include/uapi/linux/ptrace.h; python-ptrace knows none of these.
@@ -42,16 +42,6 @@ _PEEKED = 32
 # Everything between stop and detachment counts in microseconds: buffers are made beforehand, registers read at once.
 REGISTER_NAMES = tuple(name for name, _ in user_regs_struct._fields_)
 _REGISTERS = struct.Struct(f"<{len(REGISTER_NAMES)}Q")
-_NEGATIVE = 1 << 63
-
-# include/linux/errno.h: what a stopped thread's rax shows of an interrupted system call that the kernel will restart.
-ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
-_RESTART_SYSCALL = 219
-# signal(7): these fail with EINTR after any stop, even without a signal, the socket calls where a timeout is set. A
-# ptrace stop must not show, so they are started again; having failed with EINTR they have done nothing yet.
-# semop, rt_sigtimedwait, semtimedop, io_getevents, epoll_wait, epoll_pwait, epoll_pwait2, io_uring_enter;
-# read, write, readv, writev, accept, sendto, recvfrom, sendmsg, recvmsg, accept4, recvmmsg, sendmmsg.
-_NEVER_RESTARTED = frozenset({65, 128, 220, 208, 232, 281, 441, 426, 0, 1, 19, 20, 43, 44, 45, 46, 47, 288, 299, 307})
 
 
 class _PeekArguments(ctypes.Structure):
@@ -87,15 +77,6 @@ class ThreadGoneError(Exception):
 
 class NoStopError(Exception):
     """The thread did not stop in time: it sleeps uninterruptibly, as a vfork parent does, or is stopped by a signal."""
-
-
-class Resumption(NamedTuple):
-    """Where an interrupted thread has to go on, and with which rax, for the stop not to show."""
-
-    rip: int
-    rax: int
-    restarts: bool
-    """Whether a system call is made again."""
 
 
 class Tracee:
@@ -246,23 +227,11 @@ class Tracee:
     @property
     def in_syscall(self) -> bool:
         """Whether the stop interrupted a system call rather than the thread's own code."""
-        return self.registers["orig_rax"] < _NEGATIVE
+        return in_syscall(self.registers)
 
     def resumption(self) -> Resumption:
         """Where and how the thread has to go on as if it had not been stopped."""
-        rip, rax = self.registers["rip"], self.registers["rax"]
-        if not self.in_syscall:
-            return Resumption(rip, rax, restarts=False)
-        number = self.registers["orig_rax"]
-        code = (1 << 64) - rax  # the error, of a failed system call
-        again = rip - 2  # syscall and int 0x80 are both two bytes long
-        if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
-            return Resumption(again, number, restarts=True)
-        if code == ERESTART_RESTARTBLOCK:
-            return Resumption(again, _RESTART_SYSCALL, restarts=True)
-        if code == errno.EINTR and number in _NEVER_RESTARTED:
-            return Resumption(again, number, restarts=True)
-        return Resumption(rip, rax, restarts=False)
+        return resumption(self.registers)
 
     def go_to(self, rip: int) -> None:
         """Lets the thread go on at another address after detach(), all other registers as they are."""
@@ -272,12 +241,12 @@ class Tracee:
 
     def conceal(self) -> None:
         """Makes a system call that fails with EINTR after any stop start again, unless a signal is why it fails."""
-        if not self.in_syscall or self.registers["rax"] != (1 << 64) - errno.EINTR or self._signal:
+        if not was_interrupted(self.registers) or self._signal:
             return
-        resumption = self.resumption()
-        if resumption.restarts and not self.pending_signals() & ~self.blocked_signals():
-            self._raw_registers.rax = resumption.rax
-            self.go_to(resumption.rip)
+        again = self.resumption()
+        if again.restarts and not self.pending_signals() & ~self.blocked_signals():
+            self._raw_registers.rax = again.rax
+            self.go_to(again.rip)
 
     def detach(self) -> None:
         """Lets the thread go."""

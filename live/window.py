@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dynacut.live.masks import SIGTRAP_BIT
 from dynacut.live.proc import thread_ids
 from dynacut.live.process import Process, gone
+from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.remote import StopClock
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError
@@ -111,9 +112,8 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
                 except ThreadGoneError:
                     continue
                 except NoStopError:
-                    raise DynacutError(
-                        f"thread {tracee.tid} of {process.label} does not stop: it sleeps uninterruptibly",
-                        "try again, or use `dynacut offline` on a checkpoint of it",
+                    raise NeedsCheckpointError(
+                        f"thread {tracee.tid} of {process.label} does not stop: it sleeps uninterruptibly", "try again"
                     ) from None
         yield held
 

@@ -13,7 +13,7 @@ from dynacut.offline.image_tasks import read_tasks
 from dynacut.offline.images.image import Image
 from dynacut.offline.images.process import ImageProcess
 from dynacut.offline.layer import Written, write_image
-from dynacut.offline.patcher import SIGTRAP_BIT
+from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Patched

@@ -91,7 +91,6 @@ def checkpoint(
     if not run.succeeded:
         _clear(directory)
         raise _failure(run, pid, began[pid], directory)
-    (directory / RECORD_NAME).write_bytes(Record(wanted.options).packed())
     remaining: list[int] = []
     if not leave_running:
         tell("waiting for the processes to be gone")
@@ -139,6 +138,7 @@ def _dump(
         if last:
             arguments.append("--skip-in-flight")
             warnings.append("connections that the process had not yet accepted are not in the image")
+        _record(directory, wanted.options)
         tell("dumping")
         run = criu.run(
             "dump",
@@ -152,6 +152,14 @@ def _dump(
             return run
         _clear(directory)
     raise AssertionError("the last attempt returns")
+
+
+def _record(directory: Path, options: CriuOptions) -> None:
+    """Writes dynacut.json, before the dump: a disk that is full afterwards must not fail what has ended the process."""
+    try:
+        (directory / RECORD_NAME).write_bytes(Record(options).packed())
+    except OSError as error:
+        raise DynacutError(f"{directory / RECORD_NAME} cannot be written: {error.strerror}") from None
 
 
 def size_of(directory: Path) -> int:

@@ -36,7 +36,7 @@ def modules_of(
         name = file_name
         if is_executable:
             names |= set(aliases)
-            name = next((alias for alias in aliases if (Path(plain_path).parent / alias).exists()), name)
+            name = next((alias for alias in aliases if _exists(Path(plain_path).parent / alias)), name)
         modules.append(
             Module(
                 name=name,
@@ -52,6 +52,13 @@ def modules_of(
         )
     modules.sort(key=lambda module: (not module.is_executable, module.base))
     return tuple(modules)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False  # in a folder that may not be searched
 
 
 def called_name(arguments: Sequence[str]) -> str:

@@ -193,11 +193,11 @@ class ImageFolder:
         return DynacutError(f"{self.path / name}: {problem}", _ADVICE)
 
 
-def packed(magic: int, messages: Sequence[Message]) -> bytes:
-    """The contents of an image file with these messages."""
+def packed(magic: int, messages: Sequence[Message | bytes]) -> bytes:
+    """The contents of an image file with these messages, as such or serialized."""
     parts = [struct.pack("<II", IMAGE_MAGIC, magic)]
     for message in messages:
-        data = message.SerializeToString()
+        data = message if isinstance(message, bytes) else message.SerializeToString()
         parts += (_WORD.pack(len(data)), data)
     return b"".join(parts)
 

@@ -207,7 +207,11 @@ class Pages:
             offset, left = offset + count, left - count
 
     def with_extents(self, extents: list[Extent], pages_id: int) -> bytes:
-        """The pagemap file of that pages file with other extents, neighbours that belong together joined."""
+        """The pagemap file of that pages file with other extents; entries that stay as they are keep their bytes.
+
+        What mappings or written pages have cut an entry into is joined again where it still belongs together.
+        """
+        starts = set(self._starts)
         joined: list[Extent] = []
         for extent in extents:
             last = joined[-1] if joined else None
@@ -216,14 +220,18 @@ class Pages:
                 and last.end == extent.start
                 and last.flags == extent.flags
                 and ((last.in_parent and extent.in_parent) or last.offset + last.end - last.start == extent.offset)
+                and extent.start not in starts
             ):
                 joined[-1] = Extent(last.start, extent.end, last.offset, last.flags)
             else:
                 joined.append(extent)
+        entries = list(self.folder.messages(self.name, PAGEMAP_MAGIC, _MAX_EXTENTS))[1:]
+        known = {(each.start, each.end, each.flags): data for each, data in zip(self.extents, entries, strict=True)}
         head = PagemapHead()
         head.CopyFrom(self.head)
         head.pages_id = pages_id
-        return packed(PAGEMAP_MAGIC, [head, *(extent.message() for extent in joined)])
+        messages = (known.get((each.start, each.end, each.flags)) or each.message() for each in joined)
+        return packed(PAGEMAP_MAGIC, [head, *messages])
 
 
 def pages_name(pages_id: int) -> str:

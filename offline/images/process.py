@@ -14,6 +14,7 @@ from dynacut.offline.images.pages import Pages
 from dynacut.offline.images.schema import CoreEntry, Message, MmEntry
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.holes import Hole
 from dynacut.shared.modules import called_name, modules_of
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 
@@ -26,7 +27,7 @@ _MAX_PRIVATE_PAGES = 1 << 20
 _SIGNALS = tuple(number for number in range(1, 65) if number not in (9, 19))
 
 
-@dataclass
+@dataclass(eq=False)
 class Thread:
     """One thread: its core message, the first of a process's also has what all threads share."""
 
@@ -38,6 +39,11 @@ class Thread:
     def file_name(self) -> str:
         """The image file it is in."""
         return f"core-{self.tid}.img"
+
+    @property
+    def started(self) -> int:
+        """Not known: an image does not keep it, and the restored thread has another one."""
+        return 0
 
     @property
     def rip(self) -> int:
@@ -200,6 +206,18 @@ class ImageProcess:
     def write(self, address: int, data: bytes) -> None:
         """Changes bytes; DynacutError if they are not all in private memory."""
         self.memory.write(address, data)
+
+    def map_anonymous(self, start: int, size: int, protection: int) -> None:
+        """Maps fresh private memory; DynacutError if the place is not free."""
+        self.memory.map_anonymous(start, size, protection)
+
+    def map_file(self, hole: Hole) -> None:
+        """Maps unmapped pages of a file back."""
+        self.memory.map_file(hole.start, hole.end, hole.mapping)
+
+    def unmap(self, hole: Hole) -> None:
+        """Unmaps pages."""
+        self.memory.unmap(hole.start, hole.end)
 
     def action(self, signal: int) -> KernelAction:
         """What is done upon a signal, SIGKILL and SIGSTOP apart."""

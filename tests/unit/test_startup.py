@@ -286,6 +286,27 @@ def test_the_command_writes_the_plan_and_tells_the_figures(tmp_path: Path, capsy
     assert len(feature.sites) == len(only(startup_code(*as_arguments(init_and_serving("x")))))
 
 
+def test_an_init_point_in_a_log_of_dynacut_research_with_timestamps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sorted by address, as its DynamoRIO client writes it: the timestamps tell the order."""
+    rows = [
+        f"[ 0] 0x{offset:016x}: {size:5} timestamp_first: {time:10} timestamp_last: {time:10}\n"
+        for time, (offset, size) in enumerate(executed("x").items(), 1)
+    ]
+    log, plan = tmp_path / "timed.log", tmp_path / "plan.toml"
+    log.write_text(
+        "Module Table: version 4, count 1\nColumns: id, containing_id, start, end, entry, offset, path\n"
+        f"  0,   0, 0x00400000, 0x00500000, 0x00000000, 00000000, {program()}\n\n"
+        f"BB Table: Module ID, BB addess, size, execution count, timestamp \n{''.join(sorted(rows))}"
+    )
+    assert main(["plan", "--init", str(log), "--init-point", "ready", "-o", str(plan), "-q"]) == 0
+    assert "give --serving too" in capsys.readouterr().err
+    order = list(executed("x"))
+    expected = {f"phases+{offset:#x}" for offset in order[: order.index(offset_of("ready"))]}
+    assert {site.at for site in load(plan).features[0].sites} == expected
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -1,0 +1,241 @@
+"""dynacut live --fallback checkpoint: what cannot be changed while it runs is dumped, rewritten and restored."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynacut.cli.console import print_error, warn
+from dynacut.cli.steps import Steps
+from dynacut.shared.errors import DynacutError, ExitStatus, printable
+
+if TYPE_CHECKING:
+    from dynacut.live.change import Outcome, Resolve
+    from dynacut.offline.criu import Criu
+    from dynacut.offline.round_trip import RoundTrip
+    from dynacut.shared.report import Inspection
+
+_FOLDER = "/var/tmp"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def add_fallback_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    group = parser.add_argument_group("where the process cannot be changed while it runs")
+    group.add_argument(
+        "--fallback",
+        choices=["checkpoint"],
+        help="dump it with its descendants, change the image and restore it (CRIU), with the same pids",
+    )
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where the image lies meanwhile, as secret as the process's memory (default: TMPDIR, or /var/tmp)",
+    )
+
+
+def check_usage(arguments: argparse.Namespace, *, changes: bool) -> None:
+    """Raises:
+    DynacutError: the options contradict each other.
+    """
+    if arguments.fallback is not None and not changes:
+        raise DynacutError(
+            "--fallback is a way to change", "add --plan, --disable, --enable or --undo", status=ExitStatus.USAGE
+        )
+    if arguments.images is not None and arguments.fallback is None:
+        raise DynacutError("--images is where a checkpoint lies", "add --fallback checkpoint", status=ExitStatus.USAGE)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The way that was gone instead. refused: why it could not be done live. trip: None if nothing had to be done.
+
+    images: where the image still lies, if the change was taken back.
+    """
+
+    refused: str
+    trip: RoundTrip | None
+    images: Path | None
+
+    @property
+    def status(self) -> ExitStatus:
+        """The command's exit status."""
+        return ExitStatus.DONE if self.images is None else ExitStatus.CHECK_FAILED
+
+    @property
+    def summary(self) -> str:
+        """How long it took, for people."""
+        if self.trip is None:
+            return "by checkpoint"
+        times = f"dumped in {self.trip.dumped.wall_ms:.0f} ms, rewritten in {self.trip.rewrite_ms:.0f} ms"
+        return (
+            f"by checkpoint: {times}, restored in {self.trip.restored.wall_ms:.0f} ms; it stood still for "
+            f"{self.trip.frozen_ms:.0f} ms"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """For --json."""
+        document: dict[str, Any] = {"refused": self.refused}
+        if self.trip is not None:
+            document |= {
+                "checkpoint": round(self.trip.dumped.wall_ms, 1),
+                "rewrite": round(self.trip.rewrite_ms, 1),
+                "restore": round(self.trip.restored.wall_ms, 1),
+                "frozen_ms": round(self.trip.frozen_ms, 1),
+                "rolled_back": self.images is not None,
+                "images": None if self.images is None else str(self.images),
+                "errors": self.trip.restored.errors,
+                "warnings": self.trip.dumped.warnings,
+            }
+        return document
+
+
+def by_checkpoint(
+    pid: int, resolve: Resolve, refused: DynacutError, arguments: argparse.Namespace
+) -> tuple[Outcome, Fallback]:
+    """Makes a change that was refused live; the outcome is as live.change() gives it.
+
+    Raises:
+        DynacutError: refused as well, with the processes as they were; or they could not be restored.
+    """
+    from dynacut.live.rehearsal import rehearsed
+    from dynacut.offline.criu import find_criu
+    from dynacut.offline.round_trip import check
+
+    warn(f"not live: {refused.problem}")
+    with rehearsed(pid, resolve, tree=arguments.tree) as rehearsal:
+        trip, images = None, None
+        if rehearsal.changes:
+            criu = find_criu()
+            check(pid)
+            if not arguments.dry_run:
+                trip, images = _go(pid, resolve, criu, arguments)
+    outcome = _look_again(pid, arguments, trip)
+    outcome.edits = rehearsal.edits
+    if trip is not None:
+        outcome.edits, outcome.skipped, outcome.changed = trip.changed.edits, trip.changed.skipped, images is None
+        outcome.clock.add(int(trip.frozen_ms * 1e6))
+    return outcome, Fallback(refused.problem, trip, images)
+
+
+def _go(pid: int, resolve: Resolve, criu: Criu, arguments: argparse.Namespace) -> tuple[RoundTrip, Path | None]:
+    """Makes the round trip; returns also where the image is, if the original was restored.
+
+    Raises:
+        DynacutError: see round_trip(); images that are left are named.
+    """
+    from dynacut.offline.round_trip import round_trip
+
+    folder = _new_folder(pid, arguments.images)
+    with _uninterrupted(), Steps(shown=not arguments.quiet) as steps:
+        try:
+            trip = round_trip(
+                pid,
+                resolve,
+                folder,
+                pids=[] if arguments.tree else [pid],
+                criu=criu,
+                timeout=arguments.timeout,
+                progress=steps.tell,
+            )
+        except DynacutError as error:
+            if _is_left(folder):
+                error.details = (*error.details, f"left for you to look at: {printable(str(folder))}")
+            raise
+        if trip.restored.rolled_back_from is None:
+            shutil.rmtree(folder)
+    for line in trip.dumped.warnings:
+        warn(line)
+    if trip.restored.rolled_back_from is None:
+        return trip, None
+    print_error(
+        DynacutError(
+            "the rewritten image could not be restored; the original was, and the process runs as before",
+            f"see why, and what was to be restored: {folder}",
+            details=trip.restored.errors,
+        )
+    )
+    return trip, folder
+
+
+def _new_folder(pid: int, where: Path | None) -> Path:
+    """A folder of this user's alone; images lie in it side by side, so that a layer can share files."""
+    parent = where or Path(os.environ.get("TMPDIR") or _FOLDER)
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"dynacut-{pid}-", dir=parent.absolute()))
+    except OSError as error:
+        raise DynacutError(
+            f"no image can be written to {parent}: {error.strerror}", "give another folder by --images DIR"
+        ) from None
+
+
+def _is_left(folder: Path) -> bool:
+    """Removes what is empty of it; whether anything is left."""
+    for each in (*folder.iterdir(), folder):
+        with suppress(OSError):
+            each.rmdir()
+    return folder.exists()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and the like come into force at the end: in between the process may exist as an image only."""
+    caught: list[int] = []
+    before = [(number, signal.signal(number, lambda number, _: caught.append(number))) for number in _SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+        for each in caught:
+            signal.raise_signal(each)
+
+
+def _look_again(pid: int, arguments: argparse.Namespace, trip: RoundTrip | None) -> Outcome:
+    """The processes as they are now.
+
+    Raises:
+        DynacutError: after a round trip the process is gone, or other features are in force than in the image.
+    """
+    from dynacut.live.change import look
+
+    try:
+        outcome = look(pid, tree=arguments.tree)
+    except DynacutError:
+        if trip is None:
+            raise
+        raise DynacutError(
+            f"process {pid} was restored and has ended since, perhaps by a hit of the change",
+            "look at its log, and start it again without the change",
+            status=ExitStatus.CHECK_FAILED,
+        ) from None
+    if trip is not None and trip.restored.rolled_back_from is None:
+        wanted, there = _states(trip.changed.processes), _states(outcome.processes)
+        if any(there[each] != wanted.get(each) for each in there):
+            raise DynacutError(
+                f"process {pid} was restored, but not all features are as in the image",
+                f"`dynacut live --pid {pid}` shows what is in force",
+                status=ExitStatus.CHECK_FAILED,
+            )
+    return outcome
+
+
+def _states(processes: Sequence[Inspection]) -> dict[int, dict[str, str]]:
+    """The features of each process with their states. Sites to be learned are put back by the first hit."""
+    return {
+        process.pid: {
+            feature.name: feature.state
+            for feature in process.features
+            if not any(site.on_hit == "learn" for site in feature.sites)
+        }
+        for process in processes
+    }

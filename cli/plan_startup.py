@@ -1,0 +1,199 @@
+"""dynacut plan --init and --keep: plans that remove start-up code, and what has to stay taken out of a plan."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynacut.cli.console import print_json, print_table, warn
+from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
+from dynacut.shared.on_hit import OnHit
+from dynacut.shared.plan import Plan, Scope, load
+from dynacut.shared.report import SCHEMA
+
+if TYPE_CHECKING:
+    from dynacut.shared.coverage import Coverage
+    from dynacut.shared.startup import StartupCode
+
+_SHOWN = 12
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    startup = parser.add_argument_group("start-up code")
+    startup.add_argument(
+        "--init", nargs="+", type=Path, metavar="F", help="coverage of start-up, from the first block on"
+    )
+    startup.add_argument(
+        "--serving",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="F",
+        help="of all later phases: requests, errors, reload, end",
+    )
+    startup.add_argument(
+        "--init-point", metavar="SITE", help="start-up ends where SITE is first reached (ordered logs; its module only)"
+    )
+    startup.add_argument(
+        "--module", action="append", default=[], metavar="M", help="of this one (default: the executable)"
+    )
+    startup.add_argument("--all-modules", action="store_true", help="of every module but the dynamic linker")
+    startup.add_argument("--on-hit", metavar="ACTION", help=f"what a hit does: {ON_HIT_SYNTAX} (default: learn)")
+    startup.add_argument("--scope", choices=[str(scope) for scope in Scope], help="of each block (default: entry)")
+    keep = parser.add_argument_group("what has to stay")
+    keep.add_argument(
+        "--plan", type=Path, metavar="PLAN.toml", help="the plan to take blocks out of; in place without -o"
+    )
+    keep.add_argument(
+        "--keep", nargs="+", type=Path, metavar="F", help="coverage to keep: what --learned -o F has written"
+    )
+
+
+def run(arguments: argparse.Namespace) -> ExitStatus:
+    """Makes a plan from --init, or takes --keep out of one.
+
+    Raises:
+        DynacutError: the options do not fit together, a file cannot be read, or nothing is left to be removed.
+    """
+    if arguments.keep:
+        return _keep(arguments)
+    from dynacut.shared.startup import split_at, startup_code, startup_plan
+
+    if not arguments.serving and not arguments.init_point:
+        raise usage("--init needs --serving: the phases whose code has to stay")
+    if arguments.module and arguments.all_modules:
+        raise usage("--module and --all-modules exclude each other")
+    init, later = read_union(arguments.init), [read_union(arguments.serving)] if arguments.serving else []
+    if arguments.init_point:
+        init, after = split_at(init, arguments.init_point)
+        later.append(after)
+        if not arguments.serving:
+            warn("a log says when a block ran first, not whether again: give --serving too, or learn before removing")
+    parts = startup_code(init, later, arguments.module, all_modules=arguments.all_modules)
+    on_hit = OnHit.parse(arguments.on_hit or "learn")
+    plan = startup_plan(parts, on_hit, Scope(arguments.scope or Scope.ENTRY))
+    if arguments.output is not None:
+        write_plan(arguments.output, plan, [f"Start-up code of {', '.join(plan.modules)}."])
+    if arguments.json:
+        print_json({"schema": SCHEMA, "plan": _path(arguments.output), "modules": [_as_json(part) for part in parts]})
+    elif not arguments.quiet:
+        _print(parts, arguments.output)
+    return ExitStatus.DONE
+
+
+def _keep(arguments: argparse.Namespace) -> ExitStatus:
+    from dynacut.shared.keep import without
+
+    if arguments.plan is None:
+        raise usage("--keep needs the plan: --plan PLAN.toml")
+    plan, count = without(load(arguments.plan), read_union(arguments.keep))
+    if arguments.on_hit or arguments.scope:
+        plan = with_features(plan, arguments.on_hit, arguments.scope)
+    output = arguments.output or arguments.plan
+    write_plan(output, plan, [f"{count} blocks that have to stay were taken out."])
+    left = sum(len(feature.sites) for feature in plan.features)
+    if arguments.json:
+        print_json({"schema": SCHEMA, "plan": str(output), "kept": count, "sites": left})
+    elif not arguments.quiet:
+        print(f"{count:,} blocks stay, {left:,} go: {printable(str(output))}")
+    return ExitStatus.DONE
+
+
+def with_features(plan: Plan, on_hit: str | None, scope: str | None) -> Plan:
+    """The plan with another action and another scope for all its features, where they are given."""
+    features = tuple(
+        replace(
+            feature,
+            on_hit=OnHit.parse(on_hit) if on_hit else feature.on_hit,
+            scope=Scope(scope) if scope else feature.scope,
+        )
+        for feature in plan.features
+    )
+    return replace(plan, features=features)
+
+
+def read_union(paths: Sequence[Path]) -> Coverage:
+    """What any of the logs has; their oddities are told as warnings.
+
+    Raises:
+        DynacutError: one cannot be read.
+    """
+    from dynacut.shared.drcov import read_log
+    from dynacut.shared.keep import union_of_all
+
+    coverages = []
+    for path in paths:
+        log = read_log(path)
+        for line in log.warnings:
+            warn(f"{path}: {line}")
+        coverages.append(log.coverage)
+    return union_of_all(coverages)
+
+
+def write_plan(path: Path, plan: Plan, comments: Sequence[str]) -> None:
+    """Writes a plan file as a whole or not at all.
+
+    Raises:
+        DynacutError: it cannot be written.
+    """
+    text = "".join(f"# {printable(comment)}\n" for comment in comments) + plan.to_toml()
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise DynacutError(f"{path} cannot be written: {error.strerror}", "check the folder and its space") from None
+
+
+def _print(parts: Sequence[StartupCode], output: Path | None) -> None:
+    rows = []
+    for part in parts:
+        sizes = [(len(blocks), sum(blocks.values())) for blocks in (part.init, part.later, part.only)]
+        rows.append([part.code.module.name, *(f"{number:,}" for size in sizes for number in size), f"{part.share:.0%}"])
+    columns = [
+        "module",
+        "init: blocks",
+        "bytes",
+        "later: blocks",
+        "bytes",
+        "start-up only: blocks",
+        "bytes",
+        "of all that ran",
+    ]
+    print_table("what ran", columns, rows, right=frozenset(range(1, 8)))
+    functions = [[part.code.module.name, name, f"{size:,}"] for part in parts for name, size in part.functions[:_SHOWN]]
+    print_table("biggest functions that go entirely", ["module", "function", "bytes"], functions, right=frozenset({2}))
+    count = sum(len(part.only) for part in parts)
+    where = f"{printable(str(output))}: " if output else "without -o nothing is written; "
+    print(f"{where}{count:,} blocks ran at start-up only")
+
+
+def _as_json(part: StartupCode) -> dict[str, Any]:
+    return {
+        "name": part.code.module.name,
+        "path": part.code.module.path,
+        "build_id": part.code.elf.build_id,
+        "init": _size(part.init),
+        "later": _size(part.later),
+        "startup_only": _size(part.only),
+        "share": round(part.share, 4),
+        "functions": [{"name": name, "bytes": size} for name, size in part.functions],
+    }
+
+
+def _size(blocks: Mapping[int, int]) -> dict[str, int]:
+    return {"blocks": len(blocks), "bytes": sum(blocks.values())}
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def usage(problem: str) -> DynacutError:
+    """The error for options that do not fit together."""
+    return DynacutError(problem, "see dynacut plan --help", status=ExitStatus.USAGE)

@@ -1,0 +1,210 @@
+"""dynacut trim: start-up code removed from a service, the whole way in one command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynacut.cli.console import print_json, warn
+from dynacut.cli.steps import Steps
+from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
+from dynacut.shared.on_hit import OnHit
+from dynacut.shared.plan import Scope
+
+if TYPE_CHECKING:
+    from dynacut.cli.trim_state import State
+    from dynacut.cli.trim_steps import Trim
+
+NAME = "trim"
+HELP = "remove start-up code from a service: trace, learn, remove, in one go"
+DESCRIPTION = (
+    "Remove what a service executes at start-up only. An instance is traced from its first instruction to its end, "
+    "under the workload; another is checkpointed, restored with its start-up code as `learn`, put to work until "
+    "nothing more is learned, checkpointed again, and restored with the rest removed. DIR keeps every step; the same "
+    "command again goes on where it was interrupted."
+)
+EPILOG = """examples:
+  dynacut trim -o redis-trim/ --ready-port 6379 --workload 'redis-benchmark -q' \\
+      --serve 'redis-cli bgsave' -- redis-server redis.conf
+  dynacut trim -o nginx-trim/ --ready-port 80 --workload ./requests.sh --serve 'kill -HUP $DYNACUT_PID; sleep 1' \\
+      -- nginx -g 'daemon off;'
+  dynacut trim -o trim/ --live --pid 4711 --init start.drcov --workload ./requests.sh
+"""
+_BY_CHECKPOINT = ("trace", "plan", "checkpoint", "learn", "remove", "check")
+_LIVE = ("trace", "plan", "live")
+_TITLES = {
+    "trace": "which blocks run at start-up, and which later",
+    "plan": "start-up code: init minus all later phases",
+    "checkpoint": "an untouched instance, put aside",
+    "learn": "start-up code to be learned from, restored, put to work, put aside",
+    "remove": "what was not learned goes, in the image",
+    "check": "restored for good, the workload once more",
+    "live": "learned from, then removed, in the running process",
+}
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("-o", dest="directory", type=Path, required=True, metavar="DIR", help="keeps everything")
+    parser.add_argument("--pid", type=int, metavar="P", help="a service that runs already; needs --init")
+    parser.add_argument("--live", action="store_true", help="change the running process, without a checkpoint")
+    phases = parser.add_argument_group("phases")
+    phases.add_argument("--ready-port", type=int, metavar="N", help="start-up ends when TCP port N answers")
+    phases.add_argument("--ready-log", metavar="REGEX", help="… when the program's output has this")
+    phases.add_argument("--workload", action="append", metavar="CMD", help="shell command; must succeed (repeatable)")
+    phases.add_argument("--serve", action="append", default=[], metavar="CMD", help="of other phases, such as a reload")
+    phases.add_argument("--shutdown", metavar="CMD", help="ends the traced instance (default: SIGTERM)")
+    phases.add_argument("--init", nargs="+", type=Path, default=[], metavar="F", help="with --pid: logs of start-up")
+    phases.add_argument("--serving", nargs="+", type=Path, default=[], metavar="F", help="coverage of further phases")
+    phases.add_argument("--passes", type=_count, default=10, metavar="N", help="of the workload at most (default: 10)")
+    phases.add_argument("--idle", type=float, default=1.0, metavar="S", help="wait after each pass (default: 1)")
+    phases.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for each command (default: 300)")
+    what = parser.add_argument_group("what to remove, and how")
+    what.add_argument("--module", action="append", default=[], metavar="M", help="of this (default: the executable)")
+    what.add_argument("--on-hit", default="terminate", metavar="ACTION", help=f"{ON_HIT_SYNTAX} (default: terminate)")
+    what.add_argument("--scope", choices=[str(scope) for scope in Scope], default="block", help="(default: block)")
+    parser.add_argument("--criu", type=Path, metavar="PATH", help="the CRIU to use")
+    parser.add_argument("--end", action="store_true", help="end the trimmed service when the report is made")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD …", help="the service, in the foreground")
+
+
+def run(arguments: argparse.Namespace) -> ExitStatus:
+    """Does every step that is not done yet, then reports."""
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    _check_usage(arguments, command)
+    from dynacut.cli.trim_report import print_report, write_report
+    from dynacut.cli.trim_service import end
+    from dynacut.cli.trim_state import State
+    from dynacut.offline.processes import become_subreaper, require_root
+
+    require_root("a trim")
+    become_subreaper()
+    state = State(arguments.directory, _request(arguments, command))
+    names = _LIVE if arguments.live else _BY_CHECKPOINT
+    if state.details(names[-1]) is None:
+        _end_leftover(state)
+    with Steps(shown=not arguments.quiet) as steps:
+        trim = _trim(arguments, command, state, steps.tell)
+        for number, name in enumerate(names, 1):
+            _step(trim, name, f"{number}/{len(names)} {name}", quiet=arguments.quiet)
+        steps.tell("drawing the report")
+        report = write_report(trim, names)
+    if arguments.end and (process := state.process) is not None:
+        end(process[0])
+        state.process = None
+    if arguments.json:
+        print_json(report)
+    elif not arguments.quiet:
+        print_report(report, ended=arguments.end)
+    return ExitStatus.DONE
+
+
+def _check_usage(arguments: argparse.Namespace, command: list[str]) -> None:
+    if (arguments.pid is None) == (not command):
+        raise _usage("give the service: either -- CMD or --pid P")
+    if not arguments.workload:
+        raise _usage("--workload is missing: what is not in it, or in --serve, may be removed")
+    OnHit.parse(arguments.on_hit)
+    if arguments.pid is not None:
+        if not arguments.init:
+            raise DynacutError(
+                "the start-up of a process that runs has passed: which blocks it executed is not known",
+                "give it by --init F, from `dynacut trace -o F --ready-port N -- CMD`; or let trim start it: -- CMD",
+                status=ExitStatus.USAGE,
+            )
+        if arguments.ready_port is not None or arguments.ready_log is not None or arguments.shutdown is not None:
+            raise _usage("--ready-port, --ready-log and --shutdown belong to -- CMD")
+        if arguments.end:
+            raise _usage("--end belongs to -- CMD: a service that ran before is not ended")
+    elif arguments.init:
+        raise _usage("--init belongs to --pid: with -- CMD start-up is traced")
+    elif arguments.ready_port is None and arguments.ready_log is None:
+        raise _usage("when does start-up end? give --ready-port N or --ready-log REGEX")
+
+
+def _request(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """What a directory's steps depend on."""
+    names = ("pid", "live", "ready_port", "ready_log", "workload", "serve", "shutdown", "module", "on_hit", "scope")
+    logs = {name: [str(path.absolute()) for path in getattr(arguments, name)] for name in ("init", "serving")}
+    return {"command": command, **{name: getattr(arguments, name) for name in names}, **logs}
+
+
+def _end_leftover(state: State) -> None:
+    """Ends the instance of a trim that was killed: it would be in the way of the next one's."""
+    from dynacut.cli.trim_service import end
+    from dynacut.offline.processes import start_time
+
+    if (process := state.process) is not None:
+        pid, started = process
+        if start_time(pid) == started:
+            warn(f"process {pid}, of the trim that was interrupted, is ended")
+            end(pid)
+        state.process = None
+
+
+def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell: Callable[[str], None]) -> Trim:
+    from dynacut.cli.trim_service import Service
+    from dynacut.cli.trim_steps import Trim
+    from dynacut.cli.trim_trace import PhaseTracer
+
+    service = Service(
+        tuple(command),
+        arguments.directory.absolute(),
+        tuple(arguments.workload),
+        tuple(arguments.serve),
+        arguments.shutdown,
+        arguments.ready_port,
+        arguments.ready_log,
+        arguments.timeout,
+    )
+    return Trim(
+        service,
+        state,
+        PhaseTracer(service, tuple(arguments.module), arguments.idle, arguments.passes, tell),
+        tell,
+        arguments.pid,
+        tuple(arguments.init),
+        tuple(arguments.serving),
+        arguments.on_hit,
+        arguments.scope,
+        arguments.criu,
+    )
+
+
+def _step(trim: Trim, name: str, title: str, *, quiet: bool) -> None:
+    """Does a step, unless it is done."""
+    said = trim.state.details(name)
+    if said is None:
+        trim.tell(title)
+        began = time.perf_counter()
+        said = getattr(trim, name)()
+        said = {**said, "seconds": round(time.perf_counter() - began, 1)}
+        trim.state.finish(name, said)
+        suffix = f"{said['seconds']} s"
+    else:
+        suffix = "done before"
+    if quiet:
+        return
+    numbers = [f"{key.replace('_', ' ')} {said[key]:,}" for key in said if isinstance(said[key], int)]
+    text = f"{title}: {_TITLES[name]} ({', '.join([*numbers, suffix])})"
+    trim.tell("")
+    print(f"\r{printable(text)}" if sys.stderr.isatty() else printable(text), file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("a number from 1 on")
+    return number
+
+
+def _usage(problem: str) -> DynacutError:
+    return DynacutError(problem, "see dynacut trim --help", status=ExitStatus.USAGE)

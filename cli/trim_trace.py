@@ -1,0 +1,136 @@
+"""The first step of `dynacut trim`: which blocks run at start-up, and which in any later phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynacut.cli.trim_service import Service, end
+from dynacut.shared.errors import DynacutError
+
+if TYPE_CHECKING:
+    from dynacut.live.process import Process
+    from dynacut.live.trace import Trace
+    from dynacut.shared.coverage import Coverage
+    from dynacut.shared.target import Module
+
+_POLL = 0.05
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """What ran. init is None where the program ran already. passes: how often the workload was run."""
+
+    init: Coverage | None
+    serving: Coverage
+    passes: int
+
+
+@dataclass(frozen=True)
+class PhaseTracer:
+    """How phases are traced.
+
+    modules: names; none for the executable. idle: seconds without a new block after which a phase is over. passes: the
+    most runs of the workload.
+    """
+
+    service: Service
+    modules: tuple[str, ...]
+    idle: float
+    passes: int
+    tell: Tell
+
+    def from_start(self) -> Phases:
+        """Starts an instance of the service for this alone, and traces it from its entry point to its end.
+
+        Raises:
+            DynacutError: it cannot be traced, a command fails, or it does not end.
+        """
+        from dynacut.live.admission import admit
+        from dynacut.live.patcher import locked
+        from dynacut.live.process import Process
+        from dynacut.live.spawn import HeldProgram
+        from dynacut.live.trace import Trace
+
+        seen = self.service.log_size()
+        with ExitStack() as stack:
+            held = stack.enter_context(HeldProgram(self.service.command, self.service.output))
+            stack.callback(end, held.pid)
+            admit(held.pid, changing=True)
+            stack.enter_context(locked(held.pid))
+            process = stack.enter_context(Process(held.pid))
+            held.await_entry(process, timeout=10.0)
+            trace = Trace(process, self._chosen(process))
+            self.tell("finding blocks and arming them")
+            trace.arm()
+            held.release(process)
+            trace.note(held.entry)
+            self.tell("waiting until the program is ready")
+            self.service.await_ready(seen, lambda: trace.is_running)
+            self._await_quiet(trace)
+            init = trace.next_phase()
+            passes = self._work(trace, held.pid)
+            self.tell("shutting the program down")
+            self.service.shut_down(held.pid)
+            return Phases(init, trace.coverage(), passes)
+
+    def running(self, pid: int) -> Phases:
+        """Traces the workload of a service that runs, with its descendants, and takes the trace out of it again.
+
+        Raises:
+            DynacutError: it cannot be traced, or a command fails.
+        """
+        from dynacut.live.admission import admit
+        from dynacut.live.patcher import locked
+        from dynacut.live.process import Process
+        from dynacut.live.trace_tree import TreeTrace
+
+        with ExitStack() as stack:
+            admit(pid, changing=True)
+            stack.enter_context(locked(pid))
+            process = stack.enter_context(Process(pid))
+            trace = stack.enter_context(TreeTrace(process, self._chosen(process)))
+            self.tell("finding blocks and arming them")
+            trace.arm()
+            try:
+                passes = self._work(trace, pid)
+            finally:
+                trace.disarm()
+            return Phases(None, trace.coverage(), passes)
+
+    def _chosen(self, process: Process) -> Sequence[Module]:
+        if not self.modules:
+            return process.modules[:1]
+        chosen = []
+        for name in self.modules:
+            found = [module for module in process.modules if name in module.names]
+            if not found:
+                known = ", ".join(module.name for module in process.modules)
+                raise DynacutError(f"{process.label} has no module {name!r}", f"it has {known}")
+            chosen += found
+        return chosen
+
+    def _work(self, trace: Trace, pid: int) -> int:
+        """Runs the workload until a pass, with the idle time after it, reaches no new block."""
+        before = -1
+        for number in range(1, self.passes + 1):
+            self.tell(f"workload, pass {number}: {trace.poll():,} blocks so far")
+            self.service.work(pid)
+            self._await_quiet(trace)
+            if trace.poll() == before:
+                return number
+            before = trace.poll()
+        return self.passes
+
+    def _await_quiet(self, trace: Trace) -> None:
+        """Returns when no block was new for the idle time, or the workload's timeout is over."""
+        deadline = time.monotonic() + self.service.timeout
+        blocks, since = trace.poll(), time.monotonic()
+        while time.monotonic() - since < self.idle and time.monotonic() < deadline:
+            time.sleep(min(_POLL, self.idle))
+            if trace.poll() != blocks:
+                blocks, since = trace.poll(), time.monotonic()

@@ -1,0 +1,54 @@
+"""How an interrupted thread has to go on for its stop not to show: what the kernel would do, and a little more."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_NEGATIVE = 1 << 63
+
+# include/linux/errno.h: what a stopped thread's rax shows of an interrupted system call that the kernel will restart.
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+_RESTART_SYSCALL = 219
+# signal(7): these fail with EINTR after any stop, even without a signal, the socket calls where a timeout is set. A
+# ptrace stop must not show, so they are started again; having failed with EINTR they have done nothing yet.
+# semop, rt_sigtimedwait, semtimedop, io_getevents, epoll_wait, epoll_pwait, epoll_pwait2, io_uring_enter;
+# read, write, readv, writev, accept, sendto, recvfrom, sendmsg, recvmsg, accept4, recvmmsg, sendmmsg.
+_NEVER_RESTARTED = frozenset({65, 128, 220, 208, 232, 281, 441, 426, 0, 1, 19, 20, 43, 44, 45, 46, 47, 288, 299, 307})
+
+
+class Resumption(NamedTuple):
+    """Where an interrupted thread has to go on, and with which rax, for the stop not to show."""
+
+    rip: int
+    rax: int
+    restarts: bool
+    """Whether a system call is made again."""
+
+
+def in_syscall(registers: Mapping[str, int]) -> bool:
+    """Whether a stop interrupted a system call rather than the thread's own code."""
+    return registers["orig_rax"] < _NEGATIVE
+
+
+def was_interrupted(registers: Mapping[str, int]) -> bool:
+    """Whether a stop made a system call fail with EINTR, which the kernel will not start again."""
+    return in_syscall(registers) and registers["rax"] == (1 << 64) - errno.EINTR
+
+
+def resumption(registers: Mapping[str, int]) -> Resumption:
+    """Where and how a thread has to go on as if it had not been stopped. registers: unsigned, by their names."""
+    rip, rax = registers["rip"], registers["rax"]
+    if not in_syscall(registers):
+        return Resumption(rip, rax, restarts=False)
+    number = registers["orig_rax"]
+    code = (1 << 64) - rax  # the error, of a failed system call
+    again = rip - 2  # syscall and int 0x80 are both two bytes long
+    if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
+        return Resumption(again, number, restarts=True)
+    if code == ERESTART_RESTARTBLOCK:
+        return Resumption(again, _RESTART_SYSCALL, restarts=True)
+    if code == errno.EINTR and number in _NEVER_RESTARTED:
+        return Resumption(again, number, restarts=True)
+    return Resumption(rip, rax, restarts=False)

@@ -1,0 +1,342 @@
+"""Applies a patch set to a target that stands still: a process in an image, or one whose threads are all stopped.
+
+Three steps, in an order that is safe at each point should the patcher be killed: make_ready() maps what a hit needs and
+makes SIGTRAP deliverable; write_edits() changes the code; conclude() tidies up behind features put back. A backend may
+let the target go between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
+from typing import Protocol
+
+from dynacut.handlers.blob import handler_code
+from dynacut.handlers.table import (
+    CODE_SIZE,
+    MAGIC,
+    OBSERVED_OFFSET,
+    PREVIOUS_OFFSET,
+    RETIRED_MAGICS,
+    Action,
+    KernelAction,
+    Layout,
+    Repair,
+    RepairKind,
+    Table,
+    TableFullError,
+    Write,
+)
+from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.holes import Hole, Patched
+from dynacut.shared.library import Library
+from dynacut.shared.occupancy import NO_FRAMES, Occupancy, SignalFrames
+from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.region import (
+    Region,
+    choose_address,
+    find_region,
+    is_our_handler,
+    new_table,
+    original_action,
+    read_table,
+)
+from dynacut.shared.target import SIGTRAP, Target
+
+SIGTRAP_BIT = 1 << (SIGTRAP - 1)
+
+
+class StoppedThread(Protocol):
+    """A thread that stands still."""
+
+    @property
+    def tid(self) -> int:
+        """Its id."""
+
+    @property
+    def started(self) -> int:
+        """When it started, in clock ticks since boot; 0 where that is not known, or will be another time."""
+
+    @property
+    def rip(self) -> int:
+        """The address of the next instruction."""
+
+    @property
+    def rsp(self) -> int:
+        """The stack pointer."""
+
+    @property
+    def blocked(self) -> int:
+        """The signals it blocks; bit N-1 for signal N. May be set."""
+
+    @blocked.setter
+    def blocked(self, mask: int) -> None: ...
+
+
+class StoppedTarget(Target, Protocol):
+    """A target whose threads stand still, to be changed."""
+
+    @property
+    def threads(self) -> Sequence[StoppedThread]:
+        """Every thread."""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes bytes, whatever the protection there; DynacutError if they are not all mapped."""
+
+    def map_anonymous(self, start: int, size: int, protection: int) -> None:
+        """Maps fresh private memory at just this place; DynacutError if it is not free."""
+
+    def map_file(self, hole: Hole) -> None:
+        """Maps unmapped pages of a file back; DynacutError if that is not possible."""
+
+    def unmap(self, hole: Hole) -> None:
+        """Unmaps pages."""
+
+    def caught_signals(self) -> list[int]:
+        """The signals that the process handles itself."""
+
+    def action(self, signal: int) -> KernelAction:
+        """What is done upon a signal."""
+
+    def set_action(self, signal: int, action: KernelAction) -> None:
+        """Changes what is done upon a signal."""
+
+
+def apply(target: StoppedTarget, patches: PatchSet) -> None:
+    """Applies a patch set that was resolved against the target as it is.
+
+    Raises:
+        DynacutError: it is not possible; part of it may have been done.
+    """
+    frames = make_ready(target, patches)
+    write_edits(target, patches, frames)
+    conclude(target, patches)
+
+
+def make_ready(target: StoppedTarget, patches: PatchSet) -> SignalFrames:
+    """Everything that must be there before code is changed; returns how signal frames are recognised.
+
+    INSTALL: handler, table and library are mapped, SIGTRAP is accepted and handled. Else: unmapped pages are back.
+    """
+    if patches.handler is not HandlerChange.INSTALL:
+        for hole in patches.fill:
+            target.map_file(hole)
+        return NO_FRAMES
+    region, table, outgrown = _prepare(target, patches)
+    if patches.library is not None:
+        _map_library(target, region, patches.library)
+    restorers = {target.action(number).restorer for number in target.caught_signals()}
+    table = _handle_traps(target, region, table)
+    unblock_threads(target, region, table)
+    if outgrown is not None:
+        target.write(outgrown.table, RETIRED_MAGICS[MAGIC])
+    return SignalFrames(frozenset(restorers), region.restorer)
+
+
+def find_amid(
+    target: StoppedTarget, edits: Sequence[ByteEdit], frames: SignalFrames
+) -> tuple[StoppedThread, int] | None:
+    """A thread that is amid one of the edits, or will return there, and the address; None if there is none."""
+    occupancy = Occupancy(edits, frames)
+    for thread in target.threads if not occupancy.is_free else ():
+        inside = thread.rip if occupancy.contains(thread.rip) else occupancy.on_stacks(target, thread.rsp)
+        if inside is not None:
+            return thread, inside
+    return None
+
+
+def write_edits(target: StoppedTarget, patches: PatchSet, frames: SignalFrames) -> None:
+    """Changes the code, or leaves it as it was.
+
+    Raises:
+        ThreadAmidError: a thread is amid the bytes to change; nothing is written.
+        DynacutError: other bytes are there than when the patch set was made; nothing is written.
+    """
+    found = find_amid(target, patches.edits, frames)
+    if found is not None:
+        raise ThreadAmidError(
+            f"thread {found[0].tid} of {target.label} is at {found[1]:#x}, or returns there, amid the bytes to change"
+        )
+    for edit in patches.edits:
+        if target.read(edit.address, len(edit.old)) != edit.old:
+            raise DynacutError(f"other bytes than expected at {edit.address:#x} of {target.label}")
+    done: list[ByteEdit] = []
+    try:
+        for edit in patches.edits:
+            done.append(edit)
+            target.write(edit.address, edit.new)
+    except BaseException:
+        for edit in done:
+            target.write(edit.address, edit.old)
+        raise
+
+
+class ThreadAmidError(DynacutError):
+    """A thread is amid bytes that are to change, so that this is not the moment to change them."""
+
+
+def conclude(target: StoppedTarget, patches: PatchSet) -> None:
+    """What follows upon the change of code.
+
+    INSTALL: pages left empty are unmapped. KEEP: the table has its new contents. REMOVE: the handler is out of force.
+    """
+    for hole in patches.unmap:
+        target.unmap(hole)
+    found = find_region(target)
+    if patches.handler is HandlerChange.INSTALL or found is None or found.table is None:
+        return
+    if patches.handler is HandlerChange.REMOVE:
+        _remove(target, found.region, found.table)
+    elif (patches.features, patches.sites) != (patches.before_features, patches.before_sites):
+        _write_table(target, found.region, found.table.update(patches.features, patches.sites))
+
+
+def retreat(target: StoppedTarget, patches: PatchSet) -> None:
+    """Takes back what make_ready() has done, with no code changed: handler and table as they were before."""
+    found = find_region(target)
+    if found is None or found.table is None or patches.handler is not HandlerChange.INSTALL:
+        return
+    if patches.had_handler:
+        _write_table(target, found.region, patches.before_user.writes())
+        _write_table(target, found.region, found.table.update(patches.before_features, patches.before_sites))
+    else:
+        _remove(target, found.region, found.table)
+
+
+def check_written(target: Target, patches: PatchSet) -> None:
+    """Verifies that the code is as the patch set says.
+
+    Raises:
+        DynacutError: it is not; with status CHECK_FAILED.
+    """
+    found = find_region(target) if patches.unmap else None
+    # A block to be learned may have been put back by its first hit already.
+    learned = {site.address: site.old for site in patches.sites if site.action is Action.LEARN}
+    reader = Patched(target, found.table if found else None)
+    wrong = [
+        edit
+        for edit in patches.edits
+        if reader.read(edit.address, len(edit.new)) not in (edit.new, learned.get(edit.address))
+    ]
+    if wrong:
+        raise DynacutError(
+            f"{len(wrong)} of {len(patches.edits)} changes are not in {target.label} as written, the first "
+            f"at {wrong[0].address:#x}",
+            "another tool may be patching it as well; `dynacut live --pid` shows what is in force",
+            status=ExitStatus.CHECK_FAILED,
+        )
+
+
+def _prepare(target: StoppedTarget, patches: PatchSet) -> tuple[Region, Table, Region | None]:
+    """The region with a table of the patch set's contents, and the region that was too small for them."""
+    found = find_region(target)
+    old = found.table if found else None
+    if found is not None and old is not None:
+        try:
+            _write_table(target, found.region, list(old.update(patches.features, patches.sites)))
+        except TableFullError:
+            pass
+        else:
+            return found.region, read_table(target, found.region), None
+    heap = sum(len(site.old) + len(site.new) for site in patches.sites)
+    layout = Layout.for_contents(len(patches.sites), heap)
+    if found is not None and old is None and found.region.table_size == layout.size:
+        region = found.region  # mapped by a patcher that was killed before it filled it
+    else:
+        region = choose_address(target, layout, patches.library.range if patches.library else range(0))
+        target.map_anonymous(region.code, CODE_SIZE, PROT_READ | PROT_EXEC)
+        target.map_anonymous(region.table, layout.size, PROT_READ | PROT_WRITE)
+    target.write(region.code, handler_code())
+    _write_table(target, region, [Write(0, MAGIC)])
+    _write_table(target, region, new_table(layout, old, patches.features, patches.sites))
+    table = read_table(target, region)
+    if old is None or found is None:
+        return region, table, None
+    _write_table(target, region, table.carried_hits(old))
+    return region, table, found.region
+
+
+def _map_library(target: StoppedTarget, region: Region, library: Library) -> None:
+    """Maps a user's library where it is not mapped yet, and puts it in force."""
+    for segment in () if library.is_mapped else library.segments:
+        target.map_anonymous(segment.address, segment.size, segment.protection)
+        target.write(segment.address, segment.contents)
+    _write_table(target, region, library.record.writes())
+
+
+def _handle_traps(target: StoppedTarget, region: Region, table: Table) -> Table:
+    """Makes the handler SIGTRAP's action, and clears SIGTRAP from the sa_mask of the target's own handlers.
+
+    Returns the table as it is then. Repairs are recorded before they are made.
+    """
+    replaced = target.action(SIGTRAP)
+    previous = table.previous
+    if not is_our_handler(target, replaced.handler):
+        previous = replaced
+    # What was observed at an earlier installation is overwritten by this one: the previous action is kept first.
+    _write_table(target, region, [Write(PREVIOUS_OFFSET, previous.pack())])
+    ours = region.action(previous)
+    if replaced != ours:
+        target.set_action(SIGTRAP, ours)
+    _write_table(target, region, [Write(OBSERVED_OFFSET, ours.pack())])
+    masked = {
+        number: action
+        for number in target.caught_signals()
+        if number != SIGTRAP and (action := target.action(number)).mask & SIGTRAP_BIT
+    }
+    repairs = [
+        *table.repairs,
+        *(Repair(RepairKind.SIGNAL_MASK, number, 0, action.mask) for number, action in masked.items()),
+    ]
+    table = _recorded(target, region, table, repairs)
+    for number, action in masked.items():
+        target.set_action(number, replace(action, mask=action.mask & ~SIGTRAP_BIT))
+    return replace(table, previous=previous, observed=ours)
+
+
+def unblock_threads(target: StoppedTarget, region: Region, table: Table) -> Table:
+    """Makes every thread accept SIGTRAP; returns the table as it is then. Repairs are recorded before they are made."""
+    masked = {thread: mask for thread in target.threads if (mask := thread.blocked) & SIGTRAP_BIT}
+    repairs = (Repair(RepairKind.THREAD_MASK, thread.tid, thread.started, mask) for thread, mask in masked.items())
+    table = _recorded(target, region, table, [*table.repairs, *repairs])
+    for thread, mask in masked.items():
+        thread.blocked = mask & ~SIGTRAP_BIT
+    return table
+
+
+def _recorded(target: StoppedTarget, region: Region, table: Table, repairs: Iterable[Repair]) -> Table:
+    recorded = tuple(dict.fromkeys(repairs))
+    if recorded != table.repairs:
+        _write_table(target, region, table.repair_writes(recorded))
+    return replace(table, repairs=recorded)
+
+
+def _remove(target: StoppedTarget, region: Region, table: Table) -> None:
+    """Takes the handler out of force and empties its table; the code stays mapped, a thread may be in it."""
+    if is_our_handler(target, target.action(SIGTRAP).handler):
+        target.set_action(SIGTRAP, original_action(target, table))
+    threads = {thread.tid: thread for thread in target.threads}
+    for repair in table.repairs:
+        if repair.kind is RepairKind.SIGNAL_MASK:
+            action = target.action(repair.id)
+            if action.handler > 1 and not action.mask & SIGTRAP_BIT:
+                target.set_action(repair.id, replace(action, mask=action.mask | SIGTRAP_BIT))
+            continue
+        thread = threads.get(repair.id)
+        if thread is not None and _is_same(thread, repair) and thread.blocked == repair.mask & ~SIGTRAP_BIT:
+            thread.blocked = repair.mask
+    _write_table(target, region, table.user.out_of_force().writes())
+    _write_table(target, region, table.repair_writes(()))
+    _write_table(target, region, table.update((), ()))
+
+
+def _is_same(thread: StoppedThread, repair: Repair) -> bool:
+    """Whether the thread is the one that was repaired, as far as is known, and not a later one of the same id."""
+    return thread.started == repair.start_time or 0 in (thread.started, repair.start_time)
+
+
+def _write_table(target: StoppedTarget, region: Region, writes: Iterable[Write]) -> None:
+    for write in writes:
+        if write.data:
+            target.write(region.table + write.offset, write.data)

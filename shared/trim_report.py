@@ -1,0 +1,135 @@
+"""What a trim has come to: code that ran at start-up and in service, what was removed, gadgets and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynacut.shared.coverage import Coverage
+from dynacut.shared.plan import Plan
+from dynacut.shared.startup import StartupCode
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Whole basic blocks, and their bytes."""
+
+    blocks: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, sizes: Iterable[int]) -> Amount:
+        """The amount of blocks of these sizes."""
+        known = list(sizes)
+        return cls(len(known), sum(known))
+
+    def as_json(self) -> dict[str, int]:
+        """Blocks and bytes for --json."""
+        return {"blocks": self.blocks, "bytes": self.size_bytes}
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module.
+
+    startup: ran at start-up only. removed: of these, what the final plan removes. learned: of these, what was needed
+    after all; standing: what threads were in. gadgets: before and after, of all its code; None where not counted.
+    """
+
+    name: str
+    path: str
+    build_id: str | None
+    init: Amount
+    serving: Amount
+    startup: Amount
+    removed: Amount
+    learned: Amount
+    standing: Amount
+    gadgets: tuple[int, int] | None = None
+
+    @property
+    def removed_share(self) -> float:
+        """What of the start-up code is removed, in blocks, 0 to 1."""
+        return self.removed.blocks / self.startup.blocks if self.startup.blocks else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The module for --json."""
+        amounts = ("init", "serving", "startup", "removed", "learned", "standing")
+        return {
+            "name": self.name,
+            "path": self.path,
+            "build_id": self.build_id,
+            **{name: getattr(self, name).as_json() for name in amounts},
+            "removed_share": round(self.removed_share, 4),
+            "gadgets": None if self.gadgets is None else {"before": self.gadgets[0], "after": self.gadgets[1]},
+        }
+
+
+def module_reports(
+    parts: Sequence[StartupCode],
+    final: Plan,
+    learned: Coverage,
+    standing: Coverage,
+    gadgets: Mapping[str, tuple[int, int]],
+) -> list[ModuleReport]:
+    """A report for each module that has start-up code. gadgets: before and after, by the path of a module."""
+    reports = []
+    for part in parts:
+        names = {name for name, module in final.modules.items() if module.path == part.code.module.path}
+        places = {site.at for feature in final.features for site in feature.sites}
+        gone = {
+            offset: size for offset, size in part.only.items() if any(f"{name}+{offset:#x}" in places for name in names)
+        }
+        module = part.code.module
+        reports.append(
+            ModuleReport(
+                name=module.name,
+                path=module.path,
+                build_id=part.code.elf.build_id,
+                init=Amount.of(part.init.values()),
+                serving=Amount.of(part.later.values()),
+                startup=Amount.of(part.only.values()),
+                removed=Amount.of(gone.values()),
+                learned=_of_startup(part, learned),
+                standing=_of_startup(part, standing),
+                gadgets=gadgets.get(module.path),
+            )
+        )
+    return reports
+
+
+def _of_startup(part: StartupCode, coverage: Coverage) -> Amount:
+    """What of the start-up code is in a coverage, in whole blocks."""
+    path = part.code.module.path
+    found: set[int] = set()
+    for module in coverage.modules:
+        if module.path == path:
+            found |= module.normalised(part.code.blocks).blocks.keys() & part.only.keys()
+    return Amount.of(part.only[offset] for offset in found)
+
+
+def table_rows(modules: Sequence[ModuleReport], process: Mapping[str, Any]) -> list[list[str]]:
+    """The report as lines of a table: what, of which module, blocks, bytes.
+
+    process: what step `check` has noted: memory before and after, unmapped pages.
+    """
+    rows = []
+    for module in modules:
+        for title, amount in (
+            ("executed at start-up", module.init),
+            ("executed in service", module.serving),
+            ("start-up only", module.startup),
+            (f"removed ({module.removed_share:.1%})", module.removed),
+            ("kept, as learned", module.learned),
+            ("kept, as threads were there", module.standing),
+        ):
+            rows.append([title, module.name, f"{amount.blocks:,}", f"{amount.size_bytes:,}"])
+        if module.gadgets is not None:
+            before, after = module.gadgets
+            rows.append([f"ROP gadgets: {before:,} → {after:,}", module.name, "", ""])
+    before, after = process["memory_before"], process["memory_after"]
+    for name, title in (("rss", "resident memory"), ("pss", "… shared pages divided")):
+        rows.append([f"{title}: {before[name] >> 10:,} → {after[name] >> 10:,} KiB", "", "", f"{after[name]:,}"])
+    rows.append([f"pages of text unmapped: {process['unmapped_pages']:,}", "", "", ""])
+    return rows

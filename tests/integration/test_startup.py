@@ -1,0 +1,313 @@
+"""Start-up code of real servers: recorded, planned, removed with a round that learns and then for good, put back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dynacut.shared.drcov import read
+from dynacut.shared.plan import load as load_plan
+
+from .checkpoints import the_criu
+from .conftest import Dynacut
+from .load import Load
+from .servers import HttpServer, Nginx, Redis, Server, free_port, is_running, wait_until
+from .test_offline import checkpointed, tree_of
+from .test_trace import begin, served_by
+from .tracer import Tracer
+from .untouched import Snapshot
+
+COMMANDS = (
+    *("FLUSHALL", "SET key value", "GET key", "PING", "LPUSH list a b", "LRANGE list 0 -1", "INCR n", "DEL key"),
+    *("NONSENSE", "GET", "EXPIRE n 100", "TYPE list", "MSET a 1 b 2", "MGET a b c", "EXISTS a", "APPEND a 2"),
+)
+REQUESTS = (
+    *(("GET", "/"), ("HEAD", "/"), ("GET", "/missing"), ("OPTIONS", "/"), ("NONSENSE", "/")),
+    *(("PUT", "/new.txt"), ("GET", "/new.txt"), ("DELETE", "/new.txt"), ("MKCOL", "/folder/"), ("DELETE", "/folder/")),
+)
+SCOPES = ("entry", "block")
+SERVERS = ("redis", "nginx", "lighttpd")
+
+
+def work(server: Server) -> list[object]:
+    """The workload: everything that the server has to go on doing, and what it answers."""
+    if isinstance(server, Redis):
+        with server.connect() as connection:
+            return [connection.command(*line.split()) for line in COMMANDS]
+    assert isinstance(server, HttpServer)
+    replies: list[object] = []
+    for method, path in REQUESTS:
+        status, _, body = server.request(method, path, "text" if method == "PUT" else None)
+        replies.append((method, path, status, body))
+    return replies
+
+
+def revisit(server: Server) -> None:
+    """What the recorded phases do not have, and start-up code is needed for: settings are read (again)."""
+    if isinstance(server, Redis):
+        with server.connect() as connection:
+            assert connection.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru") == "OK"
+            assert connection.command("CONFIG", "SET", "maxmemory-policy", "noeviction") == "OK"
+        return
+    assert isinstance(server, HttpServer)
+    if isinstance(server, Nginx):
+        before = {*server.workers}
+        os.kill(server.pid, signal.SIGHUP)
+        wait_until(lambda: len(server.workers) == 2 and not before & {*server.workers}, "workers with new settings")
+    else:
+        before_log = server.log.count("server started")
+        os.kill(server.pid, signal.SIGUSR1)
+        wait_until(lambda: server.log.count("server started") > before_log, "a graceful restart")
+    wait_until(lambda: server.request("GET", "/")[0] == 200, "an answer")
+
+
+def learned_at_length(server: Server, dynacut: Dynacut, use: Callable[[], None], log: Path) -> list[object]:
+    """Uses the server until it learns nothing more, for longer than the periods of its timers; gives the blocks."""
+    quiet = 6.0 if isinstance(server, Redis) else 1.5  # redis's serverCron does its rarest things every five seconds
+    found: list[object] = []
+    since, deadline = time.monotonic(), time.monotonic() + 60
+    while time.monotonic() < since + quiet:
+        use()
+        now: list[object] = dynacut.json("live", "--tree", "--pid", server.pid, "--learned", "-o", log)["learned"]
+        if len(now) > len(found):
+            found, since = now, time.monotonic()
+        assert since < deadline, "it learns on and on"
+    return now
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run of a server under the tracer: its start, its service, its end."""
+
+    init: Path
+    serving: Path
+    end: Path
+
+    @property
+    def logs(self) -> tuple[str | Path, ...]:
+        return ("--init", self.init, "--serving", self.serving, self.end)
+
+    @property
+    def logs_without_service(self) -> tuple[str | Path, ...]:
+        """As if no request had been recorded: nearly everything that serves is taken for start-up code too."""
+        return ("--init", self.init, "--serving", self.end)
+
+
+def record(kind: Callable[[], Server], folder: Path) -> Recording:
+    server = kind()
+    try:
+        server.port = free_port()
+        program = shutil.which(server.program, path=f"{os.environ['PATH']}:/usr/sbin")
+        assert program is not None
+        options = ("-o", folder / "log.drcov", "--phase-name", "init", "--ready-port", server.port)
+        with Tracer(*options, "--", *server._prepare(Path(program))) as tracer:
+            tracer.await_line("phase serving begins")
+            (child,) = psutil.Process(tracer.process.pid).children()
+            for _ in range(3):
+                work(server)
+            begin(Dynacut(), child.pid, "end", tracer)
+            child.terminate()
+            _, errors = tracer.process.communicate(timeout=60)
+            assert tracer.process.returncode == 0, errors
+    finally:
+        server._temporary.cleanup()
+    return Recording(*(folder / f"log.{phase}.drcov" for phase in ("init", "serving", "end")))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Server]], Recording]:
+    """The recording of a kind of server; made once."""
+    return cache(lambda kind: record(kind, tmp_path_factory.mktemp(kind.program)))
+
+
+def codes_of(server: Server) -> dict[int, dict[int, bytes]]:
+    return {pid: Snapshot.of(pid).code for pid in tree_of(server)}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", SERVERS)
+def test_start_up_code_goes_and_the_service_goes_on(
+    name: str,
+    scope: str,
+    request: pytest.FixtureRequest,
+    recorded: Callable[[type[Server]], Recording],
+    dynacut: Dynacut,
+    tmp_path: Path,
+) -> None:
+    server: Server = request.getfixturevalue(name)
+    plan, learned, final = (tmp_path / file for file in ("plan.toml", "learned.drcov", "final.toml"))
+    report = dynacut.json("plan", *recorded(type(server)).logs, "--scope", scope, "-o", plan)
+    (module,) = report["modules"]
+    count = module["startup_only"]["blocks"]
+    assert 0.3 < module["share"] < 0.8
+    assert count > 1000
+
+    expected, before = work(server), codes_of(server)
+    tree = ("live", "--tree", "--pid", server.pid)
+    dynacut.json(*tree, "--plan", plan)
+
+    def use() -> None:
+        assert work(server) == expected
+
+    found = learned_at_length(server, dynacut, use, learned)
+    dynacut.json(*tree, "--undo")
+    assert codes_of(server) == before
+
+    kept = dynacut.json("plan", "--plan", plan, "--keep", learned, "--on-hit", "terminate", "-o", final)
+    assert (kept["kept"], kept["sites"]) == (len(found), count - len(found))
+    assert kept["sites"] >= 0.9 * count
+    dynacut.json(*tree, "--plan", final)
+    assert [work(server) for _ in range(3)] == [expected] * 3
+    processes = dynacut.json(*tree)["processes"]
+    assert sorted(process["pid"] for process in processes) == sorted(tree_of(server))
+    for process in processes:
+        (feature,) = process["features"]
+        assert (feature["patched"], feature["sites"], feature["hits"]) == (kept["sites"], kept["sites"], 0)
+    dynacut.json(*tree, "--undo")
+    assert codes_of(server) == before
+    assert work(server) == expected
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", SERVERS)
+def test_what_was_left_out_of_the_phases_is_learned_and_then_stays(
+    name: str,
+    scope: str,
+    request: pytest.FixtureRequest,
+    recorded: Callable[[type[Server]], Recording],
+    dynacut: Dynacut,
+    tmp_path: Path,
+) -> None:
+    server: Server = request.getfixturevalue(name)
+    plan, learned = tmp_path / "plan.toml", tmp_path / "learned.drcov"
+    dynacut.json("plan", *recorded(type(server)).logs, "--scope", scope, "-o", plan)
+    planned = len(load_plan(plan).features[0].sites)
+    expected = work(server)
+    tree = ("live", "--tree", "--pid", server.pid)
+    dynacut.json(*tree, "--plan", plan)
+
+    def use() -> None:
+        revisit(server)
+        assert work(server) == expected
+
+    found = learned_at_length(server, dynacut, use, learned)
+    assert 20 < len(found) < planned
+    assert read(learned).count == len(found)
+    dynacut.json(*tree, "--undo")
+
+    kept = dynacut.json("plan", "--plan", plan, "--keep", learned, "--on-hit", "terminate=3")
+    assert kept == {"schema": 1, "plan": str(plan), "kept": len(found), "sites": planned - len(found)}
+    dynacut.json(*tree, "--plan", plan)
+    use()
+    (feature,) = dynacut.json(*tree)["features"]
+    assert (feature["state"], feature["hits"]) == ("disabled", 0)
+    dynacut.json(*tree, "--undo")
+    use()
+
+
+def test_without_learning_it_would_have_been_the_end(
+    redis: Redis, recorded: Callable[[type[Server]], Recording], dynacut: Dynacut, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.toml"
+    dynacut.json("plan", *recorded(Redis).logs, "--on-hit", "terminate", "-o", plan)
+    dynacut.json("live", "--pid", redis.pid, "--plan", plan)
+    with pytest.raises(ConnectionError):
+        revisit(redis)
+    wait_until(lambda: not is_running(redis.pid), "the end by SIGTRAP")
+
+
+def test_each_worker_learns_for_itself_and_the_tree_is_asked_as_one(
+    nginx: Nginx, recorded: Callable[[type[Server]], Recording], dynacut: Dynacut, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.toml"
+    dynacut.json("plan", *recorded(Nginx).logs_without_service, "-o", plan)
+    dynacut.json("live", "--tree", "--pid", nginx.pid, "--plan", plan)
+
+    def learned(pid: int, *options: str) -> set[str]:
+        return {block["at"] for block in dynacut.json("live", "--pid", pid, "--learned", *options)["learned"]}
+
+    first, second = nginx.workers
+    served_by(nginx, first, second, "PUT")
+    put = learned(first) - learned(second)  # the other one, stopped and continued, has learned a little as well
+    assert len(put) > 20
+    assert not put & learned(nginx.pid)
+    served_by(nginx, second, first, "PUT")
+    assert put & learned(second)
+    assert learned(nginx.pid, "--tree") == learned(first) | learned(second) | learned(nginx.pid)
+    revisit(nginx)  # workers that are forked later have a table of their own too
+    (third, _) = nginx.workers
+    assert learned(third) <= learned(nginx.pid, "--tree")
+    assert len(learned(nginx.pid)) > 1000, "the master read its settings again"
+
+
+def test_threads_learn_under_load_without_a_wrong_answer(
+    recorded: Callable[[type[Server]], Recording], dynacut: Dynacut, load: Callable[..., Load], tmp_path: Path
+) -> None:
+    """Hundreds of blocks of the service itself are taken for start-up code, and come back under everybody's feet."""
+    plan = tmp_path / "plan.toml"
+    dynacut.json("plan", *recorded(Redis).logs_without_service, "--scope", "block", "-o", plan)
+    with Redis({"io-threads": 3, "io-threads-do-reads": "yes"}) as redis:
+        expected = work(redis)
+        running = load(lambda: redis.command("GET", "other"), threads=1, expect=None)
+        for _ in range(5):
+            dynacut.json("live", "--pid", redis.pid, "--plan", plan)
+            assert work(redis) == expected
+            running.wait_for(100)
+            assert len(dynacut.json("live", "--pid", redis.pid, "--learned")["learned"]) > 100
+            dynacut.json("live", "--pid", redis.pid, "--undo")
+        running.stop()
+    assert (running.failures, running.wrong) == (0, 0), running.first
+
+
+def test_a_checkpoint_remembers_what_was_learned_and_goes_on_learning(
+    redis: Redis, recorded: Callable[[type[Server]], Recording], dynacut: Dynacut, tmp_path: Path
+) -> None:
+    the_criu()
+    redis.disconnect()
+    plan, log = tmp_path / "plan.toml", tmp_path / "learned.drcov"
+    dynacut.json("plan", *recorded(Redis).logs, "-o", plan)
+    image = checkpointed(redis, dynacut, tmp_path / "image")
+    assert dynacut.json("offline", image, "--learned")["learned"] == []
+    dynacut.json("offline", image, "--plan", plan, "-o", tmp_path / "layer")
+    dynacut.json("restore", tmp_path / "layer")
+    with redis.connect() as client:
+        assert client.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru") == "OK"
+    live = dynacut.json("live", "--pid", redis.pid, "--learned")["learned"]
+    assert len(live) > 20
+    again = checkpointed(redis, dynacut, tmp_path / "again")
+    offline = dynacut.json("offline", again, "--learned", "-o", log)["learned"]
+    assert [block for block in offline if block in live] == live
+    kept = dynacut.json("plan", "--plan", plan, "--keep", log)
+    assert kept["kept"] == len(offline)
+    dynacut.json("restore", again)
+    revisit(redis)
+
+
+def test_an_init_point_instead_of_a_phase(
+    recorded: Callable[[type[Server]], Recording], redis: Redis, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """aeMain is where redis begins to serve: what ran before it, and not later, is nearly what the phases tell."""
+    by_phases, by_point = tmp_path / "phases.toml", tmp_path / "point.toml"
+    dynacut.json("plan", *recorded(Redis).logs, "-o", by_phases)
+    dynacut.json("plan", *recorded(Redis).logs, "--init-point", "aeMain", "-o", by_point)
+    phases, point = ({site.at for site in load_plan(plan).features[0].sites} for plan in (by_phases, by_point))
+    assert point < phases
+    assert len(point) > 0.95 * len(phases)
+    expected = work(redis)
+    dynacut.json("live", "--pid", redis.pid, "--plan", by_point)
+    assert work(redis) == expected
+
+
+def test_what_learned_does_not_go_with(dynacut: Dynacut) -> None:
+    for options in (["--undo"], ["--plan", "x"], ["--dry-run"]):
+        assert dynacut("live", "--pid", os.getpid(), "--learned", *options).returncode == 2
+    assert dynacut("live", "--pid", os.getpid(), "-o", "x").returncode == 2

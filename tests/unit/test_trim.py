@@ -1,0 +1,106 @@
+"""The parts of `dynacut trim` that need no process: its state, its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dynacut.cli.trim_service import Service
+from dynacut.cli.trim_state import State
+from dynacut.shared.coverage import Coverage
+from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.on_hit import OnHit
+from dynacut.shared.plan import Plan, PlannedFeature, PlannedModule, PlannedSite, Scope
+from dynacut.shared.startup import StartupCode
+from dynacut.shared.trim_report import Amount, module_reports, table_rows
+
+REQUEST: dict[str, Any] = {"command": ["server", "--port", "1"], "workload": ["true"], "pid": None}
+
+
+def test_a_state_remembers_what_is_done(tmp_path: Path) -> None:
+    state = State(tmp_path / "trim", REQUEST)
+    assert (tmp_path / "trim").stat().st_mode & 0o777 == 0o700
+    assert state.details("trace") is None
+    state.finish("trace", {"blocks": 7})
+    state.process = (4711, 99)
+    again = State(tmp_path / "trim", REQUEST)
+    assert again.details("trace") == {"blocks": 7}
+    assert again.process == (4711, 99)
+    again.process = None
+    assert State(tmp_path / "trim", REQUEST).process is None
+
+
+def test_a_directory_serves_one_request(tmp_path: Path) -> None:
+    State(tmp_path / "trim", REQUEST)
+    with pytest.raises(DynacutError, match="another command or other options") as caught:
+        State(tmp_path / "trim", {**REQUEST, "workload": ["false"]})
+    assert caught.value.status is ExitStatus.USAGE
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}', "null", "\xff"])
+def test_a_damaged_state_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(text, "latin-1")
+    with pytest.raises(DynacutError, match="cannot be read"):
+        State(tmp_path, REQUEST)
+
+
+def test_other_directories_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("")
+    with pytest.raises(DynacutError, match="is not empty"):
+        State(tmp_path, REQUEST)
+    with pytest.raises(DynacutError, match="cannot be made"):
+        State(tmp_path / "precious" / "trim", REQUEST)
+    with pytest.raises(DynacutError, match="cannot be made"):
+        State(tmp_path / "precious", REQUEST)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["precious"]
+
+
+def test_commands_know_the_process_and_fail_with_their_last_lines(tmp_path: Path) -> None:
+    service = Service((), tmp_path, ('test "$DYNACUT_PID" = 1',), ("echo seen; exit 7",))
+    with pytest.raises(DynacutError, match="status 7 of: echo seen") as caught:
+        service.work(1)
+    assert caught.value.status is ExitStatus.CHECK_FAILED
+    assert caught.value.details[-1] == "seen"
+    assert len((tmp_path / "workload.log").read_text().splitlines()) == 3
+
+
+def test_a_command_that_does_not_end_is_given_up(tmp_path: Path) -> None:
+    service = Service((), tmp_path, ("sleep 60",), timeout=0.1)
+    with pytest.raises(DynacutError, match="no end within"):
+        service.work(1)
+
+
+def startup() -> StartupCode:
+    """Start-up runs 0x10-0x40, service 0x30-0x60."""
+    module = SimpleNamespace(name="server", path="/bin/server")
+    code = SimpleNamespace(module=module, elf=SimpleNamespace(build_id="ab"), blocks=None)
+    return StartupCode(cast(Any, code), {0x10: 8, 0x20: 16, 0x28: 8, 0x30: 4}, {0x30: 4, 0x50: 16})
+
+
+def final_plan(*offsets: int) -> Plan:
+    sites = tuple(PlannedSite(f"server+{offset:#x}", 8) for offset in offsets)
+    feature = PlannedFeature("startup", OnHit.parse("terminate"), Scope.BLOCK, sites)
+    return Plan("p", (feature,), (), {"server": PlannedModule("/bin/server", "ab")})
+
+
+def test_a_report_counts_what_ran_and_what_goes() -> None:
+    (report,) = module_reports(
+        [startup()], final_plan(0x10, 0x20), Coverage(()), Coverage(()), {"/bin/server": (100, 80)}
+    )
+    assert report.init == Amount(4, 36)
+    assert report.serving == Amount(2, 20)
+    assert report.startup == Amount(3, 32)
+    assert report.removed == Amount(2, 24)
+    assert report.removed_share == pytest.approx(2 / 3)
+    document = json.loads(json.dumps(report.as_json()))
+    assert document["removed"] == {"blocks": 2, "bytes": 24}
+    assert document["gadgets"] == {"before": 100, "after": 80}
+    memory = {"rss": 4096, "pss": 2048}
+    rows = table_rows([report], {"memory_before": memory, "memory_after": memory, "unmapped_pages": 3})
+    assert ["removed (66.7%)", "server", "2", "24"] in rows
+    assert any(row[0] == "ROP gadgets: 100 → 80" for row in rows)
+    assert {len(row) for row in rows} == {4}
