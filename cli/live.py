@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import print_json, warn
+from dynacut.cli.engine import add_engine_options, behind_gdbserver, check_engine, engine_of
 from dynacut.cli.fallback import Fallback, add_fallback_options, by_checkpoint, check_usage
 from dynacut.cli.shown import inspected_document, print_features, print_modules, processes_document
 from dynacut.cli.what import Request, add_options
@@ -26,19 +27,21 @@ EPILOG = """examples:
   dynacut live --pid 4711 --enable set
   dynacut live --name nginx --tree --plan no-webdav.toml
   dynacut live --pid 4711 --undo
+  dynacut live --remote board:2345 --plan no-set.toml
   dynacut live --pid 4711 --plan no-set.toml --fallback checkpoint
 """
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = parser.add_mutually_exclusive_group()
     target.add_argument("--pid", type=int, metavar="P", help="the process")
     target.add_argument("--name", dest="process_name", metavar="N", help="the only process (or tree) of that name")
     parser.add_argument("--tree", action="store_true", help="all its descendants as well")
     parser.add_argument("-o", dest="output", type=Path, metavar="F", help="with --learned: the log to write")
     add_options(parser)
     add_fallback_options(parser)
+    add_engine_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
@@ -51,18 +54,26 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     if arguments.output is not None and not arguments.learned:
         raise DynacutError("-o belongs to --learned", "a running process is changed in place", status=ExitStatus.USAGE)
     check_usage(arguments, changes=request.changes)
+    check_engine(arguments)
     fallback: Fallback | None = None
     pid = arguments.pid
-    if pid is None:
+    if pid is None and arguments.remote is None:
         from dynacut.live.tree import by_name
 
         pid = by_name(arguments.process_name)
     if arguments.learned:
         return _show_learned(pid, arguments)
-    if request.changes:
+    if arguments.remote is not None:
+        outcome = behind_gdbserver(arguments, request)
+    elif request.changes:
         try:
             outcome = change(
-                pid, request.resolve, tree=arguments.tree, dry_run=arguments.dry_run, timeout=arguments.timeout
+                pid,
+                request.resolve,
+                tree=arguments.tree,
+                dry_run=arguments.dry_run,
+                timeout=arguments.timeout,
+                engine=engine_of(arguments),
             )
         except NeedsCheckpointError as refused:
             if arguments.fallback is None or refused.status is not ExitStatus.REFUSED:

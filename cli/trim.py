@@ -58,10 +58,19 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     phases.add_argument("--ready-log", metavar="REGEX", help="… when the program's output has this")
     phases.add_argument("--workload", action="append", metavar="CMD", help="shell command; must succeed (repeatable)")
     phases.add_argument("--serve", action="append", default=[], metavar="CMD", help="of other phases, such as a reload")
-    phases.add_argument("--shutdown", metavar="CMD", help="ends the traced instance (default: SIGTERM)")
+    phases.add_argument(
+        "--shutdown",
+        action="append",
+        default=[],
+        metavar="CMD",
+        help="ends a traced instance; repeatable: each way on an instance of its own (default: SIGTERM)",
+    )
     phases.add_argument("--init", nargs="+", type=Path, default=[], metavar="F", help="with --pid: logs of start-up")
     phases.add_argument("--serving", nargs="+", type=Path, default=[], metavar="F", help="coverage of further phases")
-    phases.add_argument("--passes", type=_count, default=10, metavar="N", help="of the workload at most (default: 10)")
+    phases.add_argument("--passes", type=_count, default=30, metavar="N", help="of the workload at most (default: 30)")
+    phases.add_argument(
+        "--quiet-passes", type=_count, default=3, metavar="N", help="that bring nothing new (default: 3)"
+    )
     phases.add_argument("--idle", type=float, default=1.0, metavar="S", help="wait after each pass (default: 1)")
     phases.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for each command (default: 300)")
     what = parser.add_argument_group("what to remove, and how")
@@ -120,7 +129,7 @@ def _check_usage(arguments: argparse.Namespace, command: list[str]) -> None:
                 "give it by --init F, from `dynacut trace -o F --ready-port N -- CMD`; or let trim start it: -- CMD",
                 status=ExitStatus.USAGE,
             )
-        if arguments.ready_port is not None or arguments.ready_log is not None or arguments.shutdown is not None:
+        if arguments.ready_port is not None or arguments.ready_log is not None or arguments.shutdown:
             raise _usage("--ready-port, --ready-log and --shutdown belong to -- CMD")
         if arguments.end:
             raise _usage("--end belongs to -- CMD: a service that ran before is not ended")
@@ -160,7 +169,7 @@ def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell:
         arguments.directory.absolute(),
         tuple(arguments.workload),
         tuple(arguments.serve),
-        arguments.shutdown,
+        tuple(arguments.shutdown) or (None,),
         arguments.ready_port,
         arguments.ready_log,
         arguments.timeout,
@@ -168,7 +177,7 @@ def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell:
     return Trim(
         service,
         state,
-        PhaseTracer(service, tuple(arguments.module), arguments.idle, arguments.passes, tell),
+        PhaseTracer(service, tuple(arguments.module), arguments.idle, arguments.passes, arguments.quiet_passes, tell),
         tell,
         arguments.pid,
         tuple(arguments.init),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynacut.offline import processes
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 PID_VARIABLE = "DYNACUT_PID"
@@ -26,8 +25,8 @@ class Service:
     """How the service is started, and what it has to do.
 
     command: empty for one that runs already. ready_port, ready_log: when it is ready (one of them, with a command).
-    workload, serve: shell commands of the requests, and of other later phases such as a reload. shutdown: the one that
-    ends it; by default SIGTERM does. timeout: seconds for each command, and until it is ready or has ended.
+    workload, serve: shell commands of the requests, and of other later phases such as a reload. shutdown: those that
+    end it, each in another way; None is SIGTERM. timeout: seconds for each command, and until it is ready or has ended.
     directory: where output.log and workload.log are.
     """
 
@@ -35,7 +34,7 @@ class Service:
     directory: Path
     workload: tuple[str, ...]
     serve: tuple[str, ...] = ()
-    shutdown: str | None = None
+    shutdown: tuple[str | None, ...] = (None,)
     ready_port: int | None = None
     ready_log: str | None = None
     timeout: float = 300.0
@@ -154,16 +153,16 @@ class Service:
         except OSError:
             return ()
 
-    def shut_down(self, pid: int) -> None:
-        """Ends it gracefully, and returns when it has ended.
+    def shut_down(self, pid: int, command: str | None) -> None:
+        """Ends it gracefully by one of the commands of shutdown, and returns when it has ended.
 
         Raises:
             DynacutError: it does not end in time.
         """
-        if self.shutdown is None:
+        if command is None:
             os.kill(pid, signal.SIGTERM)
         else:
-            self._run(self.shutdown, pid)
+            self._run(command, pid)
         deadline = time.monotonic() + self.timeout
         while is_alive(pid):
             if time.monotonic() > deadline:
@@ -176,6 +175,8 @@ class Service:
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs and is no zombie."""
+    from dynacut.offline import processes
+
     try:
         return processes.status_of(pid)["State"][0] not in "ZX"
     except (OSError, KeyError):
@@ -184,6 +185,8 @@ def is_alive(pid: int) -> bool:
 
 def end(pid: int) -> None:
     """Kills a process with its descendants, and reaps them."""
+    from dynacut.offline import processes
+
     processes.end(reversed(processes.tree_of(pid)))
 
 
@@ -192,6 +195,8 @@ def memory_of(pid: int) -> dict[str, int]:
 
     rss: all of it; pss: with shared pages divided by their users. Source: smaps_rollup, proc_pid_smaps(5).
     """
+    from dynacut.offline import processes
+
     total = {"rss": 0, "pss": 0}
     for each in processes.tree_of(pid):
         try:

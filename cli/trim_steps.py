@@ -14,7 +14,6 @@ from dynacut.cli.plan_startup import read_union, with_features, write_plan
 from dynacut.cli.trim_service import Service, end, is_alive, memory_of
 from dynacut.cli.trim_state import State
 from dynacut.cli.trim_trace import PhaseTracer
-from dynacut.offline import processes
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import Plan, load
 
@@ -56,16 +55,23 @@ class Trim:
     # What ran, and the plan.
 
     def trace(self) -> Details:
-        """→ init.drcov, serving.drcov: traces an instance from start to end, or the one that runs."""
+        """→ init.drcov, serving.drcov: traces an instance for each way to end it, or the one that runs."""
         from dynacut.shared.drcov import write
         from dynacut.shared.keep import union_of_all
 
-        phases = self.tracer.from_start() if self.pid is None else self.tracer.running(self.pid)
-        init = phases.init if phases.init is not None else read_union(self.init)
-        serving = union_of_all([phases.serving, read_union(self.serving)])
+        if self.pid is None:
+            traced = [self.tracer.from_start(shutdown) for shutdown in self.service.shutdown]
+        else:
+            traced = [self.tracer.running(self.pid)]
+        init = union_of_all([read_union(self.init), *(phases.init for phases in traced if phases.init is not None)])
+        serving = union_of_all([read_union(self.serving), *(phases.serving for phases in traced)])
         write(self.path("init.drcov"), init)
         write(self.path("serving.drcov"), serving)
-        return {"init_blocks": init.count, "serving_blocks": serving.count, "passes": phases.passes}
+        return {
+            "init_blocks": init.count,
+            "serving_blocks": serving.count,
+            "passes": sum(phases.passes for phases in traced),
+        }
 
     def plan(self) -> Details:
         """→ plan-learn.toml."""
@@ -183,6 +189,8 @@ class Trim:
         return self.service.start()
 
     def _note_process(self, pid: int) -> None:
+        from dynacut.offline import processes
+
         started = processes.start_time(pid)
         self.state.process = (pid, started) if started is not None and self.pid is None else None
 
@@ -258,18 +266,19 @@ class Trim:
         return directory
 
     def _work_until_learned(self, pid: int) -> tuple[int, Coverage]:
-        """Runs the workload until a pass, with the idle time after it, learns nothing more: passes, and what it was."""
+        """Runs the workload until enough passes learn nothing more: how many it were, and what was learned."""
         from dynacut.live.learned import learned
 
-        before = 0
+        before = quiet = 0
         for number in range(1, self.tracer.passes + 1):
             self.tell(f"learning, pass {number}: {before:,} blocks so far")
             self.service.work(pid)
             time.sleep(self.tracer.idle)
             found = learned(pid, tree=True)
-            if found.count == before:
-                break
+            quiet = quiet + 1 if found.count == before else 0
             before = found.count
+            if quiet == self.tracer.quiet:
+                break
         return number, found
 
     def _final_plan(self, stay: Coverage) -> Plan:

@@ -35,17 +35,21 @@ class PhaseTracer:
     """How phases are traced.
 
     modules: names; none for the executable. idle: seconds without a new block after which a phase is over. passes: the
-    most runs of the workload.
+    most runs of the workload. quiet: so many in a row must reach nothing new, as the same requests take other paths
+    when their packets come at other times.
     """
 
     service: Service
     modules: tuple[str, ...]
     idle: float
     passes: int
+    quiet: int
     tell: Tell
 
-    def from_start(self) -> Phases:
+    def from_start(self, shutdown: str | None) -> Phases:
         """Starts an instance of the service for this alone, and traces it from its entry point to its end.
+
+        shutdown: the command that ends it; None: SIGTERM does.
 
         Raises:
             DynacutError: it cannot be traced, a command fails, or it does not end.
@@ -75,7 +79,7 @@ class PhaseTracer:
             init = trace.next_phase()
             passes = self._work(trace, held.pid)
             self.tell("shutting the program down")
-            self.service.shut_down(held.pid)
+            self.service.shut_down(held.pid, shutdown)
             return Phases(init, trace.coverage(), passes)
 
     def running(self, pid: int) -> Phases:
@@ -115,15 +119,16 @@ class PhaseTracer:
         return chosen
 
     def _work(self, trace: Trace, pid: int) -> int:
-        """Runs the workload until a pass, with the idle time after it, reaches no new block."""
-        before = -1
+        """Runs the workload until enough passes, with the idle time after each, reach no new block; says how many."""
+        blocks = quiet = 0
         for number in range(1, self.passes + 1):
-            self.tell(f"workload, pass {number}: {trace.poll():,} blocks so far")
+            self.tell(f"workload, pass {number}: {blocks:,} blocks so far")
             self.service.work(pid)
             self._await_quiet(trace)
-            if trace.poll() == before:
+            quiet = quiet + 1 if trace.poll() == blocks else 0
+            blocks = trace.poll()
+            if quiet == self.quiet:
                 return number
-            before = trace.poll()
         return self.passes
 
     def _await_quiet(self, trace: Trace) -> None:

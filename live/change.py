@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from dynacut.handlers.table import Table
 from dynacut.live.admission import admit
+from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
-from dynacut.live.patcher import Patcher, locked
+from dynacut.live.patcher import locked
 from dynacut.live.process import Process
 from dynacut.live.remote import StopClock
 from dynacut.live.trace import stop_trace
@@ -52,7 +53,9 @@ def look(pid: int, *, tree: bool) -> Outcome:
     return outcome
 
 
-def change(pid: int, resolve: Resolve, *, tree: bool, dry_run: bool, timeout: float) -> Outcome:
+def change(
+    pid: int, resolve: Resolve, *, tree: bool, dry_run: bool, timeout: float, engine: Engine = Engine.PTRACE
+) -> Outcome:
     """Resolves and applies a change to a process, or to it and all its descendants.
 
     Children that are forked meanwhile are found and changed in turn; those that run another executable than the root,
@@ -68,7 +71,7 @@ def change(pid: int, resolve: Resolve, *, tree: bool, dry_run: bool, timeout: fl
             new = [each for each in (descendants(pid) if tree else [pid]) if each not in opened]
             if not new:
                 break
-            resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout, dry_run=dry_run)
+            resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout, engine, dry_run=dry_run)
             for process, patcher, patches in resolved:
                 outcome.edits += len(patches.edits)
                 if not dry_run:
@@ -93,9 +96,10 @@ def _resolve_all(
     stack: ExitStack,
     outcome: Outcome,
     timeout: float,
+    engine: Engine,
     *,
     dry_run: bool,
-) -> list[tuple[Process, Patcher, PatchSet]]:
+) -> list[tuple[Process, Patching, PatchSet]]:
     resolved = []
     for pid in pids:
         try:
@@ -110,7 +114,7 @@ def _resolve_all(
             left_behind = stop_trace(process, timeout, outcome.clock)  # by a tracer that was killed
             outcome.edits += left_behind
             outcome.changed = outcome.changed or left_behind > 0
-        patcher = Patcher(process, timeout, outcome.clock)
+        patcher = patcher_of(engine)(process, timeout, outcome.clock)
         try:
             patches = resolve(process, patcher.table())
         except DynacutError as error:
@@ -123,7 +127,7 @@ def _resolve_all(
     return resolved
 
 
-def _apply(patcher: Patcher, patches: PatchSet, outcome: Outcome, process: Process) -> None:
+def _apply(patcher: Patching, patches: PatchSet, outcome: Outcome, process: Process) -> None:
     patcher.restart_clock()
     try:
         patcher.apply(patches)

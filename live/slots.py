@@ -6,6 +6,7 @@ import struct
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from dynacut.handlers.table import (
     FIRST_SLOT,
@@ -16,23 +17,30 @@ from dynacut.handlers.table import (
     SLOT_SIZE,
     Write,
 )
-from dynacut.live.process import Process
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.region import Region
+from dynacut.shared.target import Target
 
 _RECYCLING_AGE_NS = 100_000_000
 _STAMP = struct.Struct("<Q")
 MAX_STUB_SIZE = SLOT_SIZE - _STAMP.size
 
 
-def write_all(process: Process, region: Region, writes: Iterable[Write]) -> None:
+class Writable(Target, Protocol):
+    """A process whose memory can be written to, whatever the protection there."""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes bytes at an address; DynacutError if they are not all mapped."""
+
+
+def write_all(process: Writable, region: Region, writes: Iterable[Write]) -> None:
     """Writes to the table, in order."""
     for write in writes:
         if write.data:
             process.write(region.table + write.offset, write.data)
 
 
-def retire(process: Process, region: Region) -> None:
+def retire(process: Writable, region: Region) -> None:
     """Marks a table whose contents moved elsewhere."""
     magic = process.read(region.table, len(MAGIC))
     process.write(region.table, RETIRED_MAGICS.get(magic, magic))
@@ -46,7 +54,7 @@ class Slot:
     done: int | None
 
 
-def take_slot(process: Process, region: Region) -> Slot:
+def take_slot(process: Writable, region: Region) -> Slot:
     """The next slot that was never used; else the older half of the used ones is cleared first.
 
     A slot is used again only when its stub had finished and that was long ago: a thread may still be on its way out of

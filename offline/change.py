@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dynacut.handlers.table import TRACE_MAGIC, Table, UserLibrary
+from dynacut.handlers.table import Table
 from dynacut.offline import patcher
 from dynacut.offline.criu_options import RECORD_NAME, Record
 from dynacut.offline.image_tasks import read_tasks
@@ -14,12 +14,11 @@ from dynacut.offline.images.image import Image
 from dynacut.offline.images.process import ImageProcess
 from dynacut.offline.layer import Written, write_image
 from dynacut.shared.apply import SIGTRAP_BIT
-from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.holes import Patched
+from dynacut.shared.inspect import inspected
 from dynacut.shared.patch_set import PatchSet
-from dynacut.shared.region import find_region, is_our_handler, user_of
-from dynacut.shared.report import FeatureReport, Inspection, features_of, foreign_changes
+from dynacut.shared.region import find_region, is_our_handler
+from dynacut.shared.report import Inspection
 from dynacut.shared.target import SIGTRAP, Target
 
 Resolve = Callable[[Target, Table | None], PatchSet]
@@ -91,18 +90,11 @@ def _chosen(image: Image, pids: Sequence[int]) -> list[ImageProcess]:
 
 def inspect(process: ImageProcess, *, thorough: bool = True) -> Inspection:
     """Looks at one process; thorough: also at what other tools have patched."""
-    found = find_region(process)
-    codes = CodeOf(Patched(process, found.table if found else None))
-    features = features_of(process, found.table if found else None, codes)
-    library = user_of(found.table if found else None)
-    tables = [one.table for one in (found, find_region(process, TRACE_MAGIC)) if one is not None and one.table]
-    foreign = foreign_changes(process, tables, codes) if thorough else []
-    warnings = tuple(_warnings(process, features, library))
-    return Inspection(process.pid, process.exe, tuple(process.modules), features, tuple(foreign), warnings, library)
+    return inspected(process, process.pid, lambda _, in_force: _warnings(process, in_force), thorough=thorough)
 
 
-def _warnings(process: ImageProcess, features: Sequence[FeatureReport], library: UserLibrary) -> list[str]:
-    if not library.is_in_force and not any(feature.patched for feature in features):
+def _warnings(process: ImageProcess, in_force: bool) -> list[str]:
+    if not in_force:
         return []
     warnings = []
     if not is_our_handler(process, process.action(SIGTRAP).handler):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dynacut.handlers.blob import handler_code
 from dynacut.handlers.table import (
@@ -47,6 +47,14 @@ from dynacut.shared.target import SIGTRAP, Target
 SIGTRAP_BIT = 1 << (SIGTRAP - 1)
 
 
+class Area(NamedTuple):
+    """Memory to map: absolute address, bytes, and PROT_ flags as in mmap(2)."""
+
+    start: int
+    size: int
+    protection: int
+
+
 class StoppedThread(Protocol):
     """A thread that stands still."""
 
@@ -66,13 +74,6 @@ class StoppedThread(Protocol):
     def rsp(self) -> int:
         """The stack pointer."""
 
-    @property
-    def blocked(self) -> int:
-        """The signals it blocks; bit N-1 for signal N. May be set."""
-
-    @blocked.setter
-    def blocked(self, mask: int) -> None: ...
-
 
 class StoppedTarget(Target, Protocol):
     """A target whose threads stand still, to be changed."""
@@ -84,8 +85,8 @@ class StoppedTarget(Target, Protocol):
     def write(self, address: int, data: bytes) -> None:
         """Writes bytes, whatever the protection there; DynacutError if they are not all mapped."""
 
-    def map_anonymous(self, start: int, size: int, protection: int) -> None:
-        """Maps fresh private memory at just this place; DynacutError if it is not free."""
+    def map_anonymous(self, areas: Sequence[Area]) -> None:
+        """Maps fresh private memory at just these places; DynacutError if they are not free."""
 
     def map_file(self, hole: Hole) -> None:
         """Maps unmapped pages of a file back; DynacutError if that is not possible."""
@@ -99,8 +100,14 @@ class StoppedTarget(Target, Protocol):
     def action(self, signal: int) -> KernelAction:
         """What is done upon a signal."""
 
-    def set_action(self, signal: int, action: KernelAction) -> None:
-        """Changes what is done upon a signal."""
+    def set_actions(self, actions: dict[int, KernelAction]) -> None:
+        """Changes what is done upon signals."""
+
+    def blocked_signals(self) -> dict[int, int]:
+        """The mask of each thread, by its id: the signals it blocks, bit N-1 for signal N."""
+
+    def set_blocked_signals(self, masks: dict[int, int]) -> None:
+        """Sets the masks of threads; those that have ended are left out."""
 
 
 def apply(target: StoppedTarget, patches: PatchSet) -> None:
@@ -245,8 +252,12 @@ def _prepare(target: StoppedTarget, patches: PatchSet) -> tuple[Region, Table, R
         region = found.region  # mapped by a patcher that was killed before it filled it
     else:
         region = choose_address(target, layout, patches.library.range if patches.library else range(0))
-        target.map_anonymous(region.code, CODE_SIZE, PROT_READ | PROT_EXEC)
-        target.map_anonymous(region.table, layout.size, PROT_READ | PROT_WRITE)
+        target.map_anonymous(
+            [
+                Area(region.code, CODE_SIZE, PROT_READ | PROT_EXEC),
+                Area(region.table, layout.size, PROT_READ | PROT_WRITE),
+            ]
+        )
     target.write(region.code, handler_code())
     _write_table(target, region, [Write(0, MAGIC)])
     _write_table(target, region, new_table(layout, old, patches.features, patches.sites))
@@ -259,9 +270,10 @@ def _prepare(target: StoppedTarget, patches: PatchSet) -> tuple[Region, Table, R
 
 def _map_library(target: StoppedTarget, region: Region, library: Library) -> None:
     """Maps a user's library where it is not mapped yet, and puts it in force."""
-    for segment in () if library.is_mapped else library.segments:
-        target.map_anonymous(segment.address, segment.size, segment.protection)
-        target.write(segment.address, segment.contents)
+    if not library.is_mapped:
+        target.map_anonymous([Area(part.address, part.size, part.protection) for part in library.segments])
+        for segment in library.segments:
+            target.write(segment.address, segment.contents)
     _write_table(target, region, library.record.writes())
 
 
@@ -278,7 +290,7 @@ def _handle_traps(target: StoppedTarget, region: Region, table: Table) -> Table:
     _write_table(target, region, [Write(PREVIOUS_OFFSET, previous.pack())])
     ours = region.action(previous)
     if replaced != ours:
-        target.set_action(SIGTRAP, ours)
+        target.set_actions({SIGTRAP: ours})
     _write_table(target, region, [Write(OBSERVED_OFFSET, ours.pack())])
     masked = {
         number: action
@@ -290,18 +302,21 @@ def _handle_traps(target: StoppedTarget, region: Region, table: Table) -> Table:
         *(Repair(RepairKind.SIGNAL_MASK, number, 0, action.mask) for number, action in masked.items()),
     ]
     table = _recorded(target, region, table, repairs)
-    for number, action in masked.items():
-        target.set_action(number, replace(action, mask=action.mask & ~SIGTRAP_BIT))
+    if masked:
+        target.set_actions(
+            {number: replace(action, mask=action.mask & ~SIGTRAP_BIT) for number, action in masked.items()}
+        )
     return replace(table, previous=previous, observed=ours)
 
 
 def unblock_threads(target: StoppedTarget, region: Region, table: Table) -> Table:
     """Makes every thread accept SIGTRAP; returns the table as it is then. Repairs are recorded before they are made."""
-    masked = {thread: mask for thread in target.threads if (mask := thread.blocked) & SIGTRAP_BIT}
-    repairs = (Repair(RepairKind.THREAD_MASK, thread.tid, thread.started, mask) for thread, mask in masked.items())
+    started = {thread.tid: thread.started for thread in target.threads}
+    masked = {tid: mask for tid, mask in target.blocked_signals().items() if mask & SIGTRAP_BIT}
+    repairs = (Repair(RepairKind.THREAD_MASK, tid, started.get(tid, 0), mask) for tid, mask in masked.items())
     table = _recorded(target, region, table, [*table.repairs, *repairs])
-    for thread, mask in masked.items():
-        thread.blocked = mask & ~SIGTRAP_BIT
+    if masked:
+        target.set_blocked_signals({tid: mask & ~SIGTRAP_BIT for tid, mask in masked.items()})
     return table
 
 
@@ -314,26 +329,30 @@ def _recorded(target: StoppedTarget, region: Region, table: Table, repairs: Iter
 
 def _remove(target: StoppedTarget, region: Region, table: Table) -> None:
     """Takes the handler out of force and empties its table; the code stays mapped, a thread may be in it."""
+    actions: dict[int, KernelAction] = {}
     if is_our_handler(target, target.action(SIGTRAP).handler):
-        target.set_action(SIGTRAP, original_action(target, table))
-    threads = {thread.tid: thread for thread in target.threads}
+        actions[SIGTRAP] = original_action(target, table)
+    masks: dict[int, int] = {}
+    blocked = target.blocked_signals()
+    started = {thread.tid: thread.started for thread in target.threads}
     for repair in table.repairs:
         if repair.kind is RepairKind.SIGNAL_MASK:
             action = target.action(repair.id)
             if action.handler > 1 and not action.mask & SIGTRAP_BIT:
-                target.set_action(repair.id, replace(action, mask=action.mask | SIGTRAP_BIT))
-            continue
-        thread = threads.get(repair.id)
-        if thread is not None and _is_same(thread, repair) and thread.blocked == repair.mask & ~SIGTRAP_BIT:
-            thread.blocked = repair.mask
+                actions[repair.id] = replace(action, mask=action.mask | SIGTRAP_BIT)
+        elif (
+            blocked.get(repair.id) == repair.mask & ~SIGTRAP_BIT
+            # Not of a later thread of the same id, as far as is known.
+            and (started.get(repair.id) == repair.start_time or 0 in (started.get(repair.id), repair.start_time))
+        ):
+            masks[repair.id] = repair.mask
+    if actions:
+        target.set_actions(actions)
+    if masks:
+        target.set_blocked_signals(masks)
     _write_table(target, region, table.user.out_of_force().writes())
     _write_table(target, region, table.repair_writes(()))
     _write_table(target, region, table.update((), ()))
-
-
-def _is_same(thread: StoppedThread, repair: Repair) -> bool:
-    """Whether the thread is the one that was repaired, as far as is known, and not a later one of the same id."""
-    return thread.started == repair.start_time or 0 in (thread.started, repair.start_time)
 
 
 def _write_table(target: StoppedTarget, region: Region, writes: Iterable[Write]) -> None:

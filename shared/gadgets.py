@@ -2,8 +2,8 @@
 
 A gadget is an address, aligned to the program's own instructions or not, from which at most MAX_INSTRUCTIONS are
 executed one after the other, the last of them a return or an indirect jump or call, and none before it a branch, a trap
-or a system call. Each address counts once. ROPgadget and ropper count different texts of instructions, and so have other
-numbers; what is to be compared is two counts of one tool.
+or a system call. Each address counts once. ROPgadget and ropper count different texts of instructions, and so have
+other numbers; what is to be compared is two counts of one tool.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 #   tools/setup.sh demo     the compiler, and dynacut itself
 #   tools/setup.sh check    in addition ruff, mypy, pytest and a C++ compiler
 #   tools/setup.sh criu     only a CRIU that works, and what it is built from
-#   tools/setup.sh test     all of that, gdb, valgrind and the servers that the integration tests patch
+#   tools/setup.sh test     all of that, gdb, gdbserver, valgrind and the servers that the integration tests patch
 #
 # Does nothing, and that quickly, when all is there. As root it installs missing packages, without starting the
 # servers among them; as somebody else it says what is missing.
@@ -55,6 +55,7 @@ missing_packages() {
 	[ "$wanted" = demo ] || has g++ || echo g++
 	if [ "$wanted" = test ]; then
 		has gdb || echo gdb
+		has gdbserver || echo gdbserver
 		has curl || echo curl
 		has valgrind || echo valgrind
 		has redis-server || echo redis-server

@@ -12,6 +12,7 @@ from dynacut.offline.images.files import ImageFolder, packed
 from dynacut.offline.images.memory import ImageFile, Memory, open_mapped, read_vma
 from dynacut.offline.images.pages import Pages
 from dynacut.offline.images.schema import CoreEntry, Message, MmEntry
+from dynacut.shared.apply import Area
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Hole
@@ -207,9 +208,10 @@ class ImageProcess:
         """Changes bytes; DynacutError if they are not all in private memory."""
         self.memory.write(address, data)
 
-    def map_anonymous(self, start: int, size: int, protection: int) -> None:
-        """Maps fresh private memory; DynacutError if the place is not free."""
-        self.memory.map_anonymous(start, size, protection)
+    def map_anonymous(self, areas: Sequence[Area]) -> None:
+        """Maps fresh private memory; DynacutError if a place is not free."""
+        for area in areas:
+            self.memory.map_anonymous(*area)
 
     def map_file(self, hole: Hole) -> None:
         """Maps unmapped pages of a file back."""
@@ -224,16 +226,27 @@ class ImageProcess:
         entry = self._action_message(signal)
         return KernelAction(int(entry.sigaction), int(entry.flags), int(entry.restorer), int(entry.mask))
 
-    def set_action(self, signal: int, action: KernelAction) -> None:
-        """Changes what is done upon a signal."""
-        entry = self._action_message(signal)
-        entry.sigaction, entry.flags, entry.restorer, entry.mask = (
-            action.handler,
-            action.flags,
-            action.restorer,
-            action.mask,
-        )
+    def set_actions(self, actions: dict[int, KernelAction]) -> None:
+        """Changes what is done upon signals."""
+        for signal, action in actions.items():
+            entry = self._action_message(signal)
+            entry.sigaction, entry.flags, entry.restorer, entry.mask = (
+                action.handler,
+                action.flags,
+                action.restorer,
+                action.mask,
+            )
         self.threads[0].changed = True
+
+    def blocked_signals(self) -> dict[int, int]:
+        """The mask of each thread, by its id."""
+        return {thread.tid: thread.blocked for thread in self.threads}
+
+    def set_blocked_signals(self, masks: dict[int, int]) -> None:
+        """Sets the masks of threads."""
+        for thread in self.threads:
+            if thread.tid in masks:
+                thread.blocked = masks[thread.tid]
 
     def _action_message(self, signal: int) -> Message:
         if signal not in _SIGNALS:

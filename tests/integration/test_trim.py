@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dynacut.shared.drcov import read
 from dynacut.shared.keep import without
 from dynacut.shared.plan import load
 
-from .checkpoints import the_criu
+from .checkpoints import reaping, the_criu
 from .conftest import Dynacut
 from .http_workload import reload, requests
 from .programs import compile_program, feature
@@ -52,7 +53,7 @@ class Trims:
         return dict(report)
 
     def end(self) -> None:
-        for pid in self._pids:
+        for pid in filter(is_running, self._pids):
             assert processes.end(reversed(processes.tree_of(pid))) == []
 
 
@@ -113,7 +114,7 @@ def test_a_signal_handler_of_start_up_is_gone_and_the_work_goes_on(way: str, tri
     program = compile_program("startup", tmp_path)
     options = ("--live",) if way == "live" else ()
     work = asking(port, "'work 5'", str(feature(5)))
-    report = trim(*options, "--ready-log", "^ready", "--idle", 0.2, "--workload", work, "--", program, port)
+    report = trim(*options, "--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--", program, port)
     assert_trimmed(report, 0.8)
     pid = report["target"]["pid"]
     assert [ask(port, f"work {n}") for n in (3, 9)] == [str(feature(3)), str(feature(9))]
@@ -125,10 +126,62 @@ def test_the_graceful_end_was_a_phase_and_passes(trim: Trims, tmp_path: Path) ->
     port = free_port()
     work = asking(port, "'work 5'", str(feature(5)))
     program = compile_program("startup", tmp_path)
-    report = trim("--live", "--ready-log", "^ready", "--idle", 0.2, "--workload", work, "--", program, port)
+    report = trim("--live", "--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--", program, port)
     os.kill(report["target"]["pid"], signal.SIGTERM)
     assert ended(report["target"]["pid"]) == 0
     assert "ended after 1 interrupts" in (trim.directory / "output.log").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "live"])
+def test_a_service_that_runs_keeps_its_pid_and_its_state(
+    way: str, trim: Trims, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """Its start-up is known from a log of another instance; a command that fails leaves it untouched."""
+    if way == "checkpoint":
+        the_criu()
+    port = free_port()
+    program = compile_program("startup", tmp_path)
+    work = asking(port, "'work 5'", str(feature(5)))
+    trim("--live", "--ready-log", "^ready", "--workload", work, "--end", "--", program, port)
+    init = trim.directory.rename(tmp_path / "first") / "init.drcov"
+    become_subreaper()
+    with (tmp_path / "log").open("ab") as log:
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        service = subprocess.Popen([program, str(port)], start_new_session=True, **quiet)  # type: ignore[call-overload]
+    pid = service.pid
+    try:
+        wait_until(lambda: "ready" in (tmp_path / "log").read_text(), "the service")
+        before = text_of(pid, program)
+        options = ["--live"] if way == "live" else []
+        options += ["--pid", str(pid), "--init", str(init)]
+        failed = dynacut("trim", "-o", tmp_path / "failed", *options, "--workload", "false")
+        assert failed.returncode == 3
+        assert text_of(pid, program) == before
+        with reaping([pid]) if way == "checkpoint" else nullcontext():
+            report = trim(*options, "--workload", work)
+        assert report["target"]["pid"] == pid
+        assert_trimmed(report, 0.8)
+        assert ask(port, "work 7") == str(feature(7))
+    finally:
+        assert processes.end([pid]) == []
+        service.poll()
+
+
+def test_each_way_to_shut_down_is_traced_on_an_instance_of_its_own(trim: Trims, tmp_path: Path) -> None:
+    """The second one needs start-up code, which therefore has to stay."""
+    port = free_port()
+    program = compile_program("startup", tmp_path)
+    work = asking(port, "'work 5'", str(feature(5)))
+    plain = "kill -TERM $DYNACUT_PID"
+    again = f"bash -c 'exec 3<>/dev/tcp/127.0.0.1/{port}; echo again >&3; read sum <&3' && {plain}"
+    ways = ("--shutdown", plain, "--shutdown", again)
+    report = trim("--live", "--ready-log", "^ready", "--workload", work, *ways, "--", program, port)
+    assert_trimmed(report, 0.7)
+    output = (trim.directory / "output.log").read_text()
+    assert (output.count("ready"), output.count("ended after")) == (3, 2)
+    ask(port, "again")
+    os.kill(report["target"]["pid"], signal.SIGTERM)
+    assert ended(report["target"]["pid"]) == 0
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "live"])
@@ -147,7 +200,7 @@ def test_a_path_left_out_of_the_serving_phases_is_learned(way: str, trim: Trims,
     work = asking(port, "'work 5'", str(feature(5)))
     again = f"test ! -e {trim.directory}/standing.drcov || {asking(port, 'again', str(checksum))}"
     report = trim(
-        *options, "--ready-log", "^ready", "--idle", 0.2, "--workload", work, "--workload", again, "--", program, port
+        *options, "--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--workload", again, "--", program, port
     )
     (module,) = report["modules"]
     assert module["learned"]["blocks"] >= 3
@@ -168,7 +221,7 @@ def test_an_interrupted_trim_goes_on_with_the_step_that_is_not_done(
     work = asking(port, "'work 5'", str(feature(5)))
     # Fails from the second instance on, until there is permission.
     serve = f"test ! -e {trim.directory}/plan-learn.toml -o -e {permission}"
-    common = ["--live", "--ready-log", "^ready", "--workload", work, "--serve", serve, "--", program, port]
+    common = ["--live", "--ready-log", "^ready", "--workload", work, "--serve", serve, "--", str(program), str(port)]
     failed = dynacut("trim", "-o", trim.directory, *common)
     assert failed.returncode == 3
     assert f"status 1 of: {serve}" in failed.stderr
@@ -191,7 +244,7 @@ def test_both_ways_leave_the_same_bytes(dynacut: Dynacut, trim: Trims, tmp_path:
     port = free_port()
     program = compile_program("startup", tmp_path)
     work = asking(port, "'work 5'", str(feature(5)))
-    report = trim("--ready-log", "^ready", "--idle", 0.2, "--workload", work, "--", program, port)
+    report = trim("--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--", program, port)
     trimmed = text_of(report["target"]["pid"], program)
     trim.end()
     with subprocess.Popen([program, str(port)], stdout=subprocess.PIPE, text=True) as fresh:
@@ -269,14 +322,14 @@ def test_nginx_serves_reloads_and_ends(way: str, trim: Trims) -> None:
         the_criu()
     server = Nginx()
     with server:
-        command = server._process.args  # type: ignore[union-attr]
+        command: list[str] = server._process.args  # type: ignore[union-attr, assignment]
         port = server.port
         server.end()
         options = ("--live",) if way == "live" else ()
         work = f"{sys.executable} {WORKLOAD} {port} --reload $DYNACUT_PID"
         end = "kill -QUIT $DYNACUT_PID"
         report = trim(
-            *options, "--ready-port", port, "--workload", work, "--shutdown", end, "--idle", 0.5, "--", *command
+            *options, "--ready-port", port, "--workload", work, "--shutdown", end, "--idle", "0.5", "--", *command
         )
         assert_trimmed(report)
         pid = report["target"]["pid"]
@@ -294,19 +347,19 @@ def test_lighttpd_serves_and_ends(way: str, trim: Trims) -> None:
         the_criu()
     server = Lighttpd()
     with server:
-        command = server._process.args  # type: ignore[union-attr]
+        command: list[str] = server._process.args  # type: ignore[union-attr, assignment]
         port = server.port
         server.end()
         options = ("--live",) if way == "live" else ()
         work = f"{sys.executable} {WORKLOAD} {port}"
-        report = trim(*options, "--ready-port", port, "--workload", work, "--idle", 0.5, "--", *command)
+        report = trim(*options, "--ready-port", port, "--workload", work, "--idle", "0.5", "--", *command)
         assert_trimmed(report)
         pid = report["target"]["pid"]
         requests(port)
-        # The shutdown that was traced was one without connections.
+        # With a connection left, an untouched lighttpd ends with 1 as well, and by other code than was traced here.
         wait_until(lambda: len(psutil.Process(pid).net_connections("tcp")) == 1, "the end of all connections")
         os.kill(pid, signal.SIGTERM)
-        assert ended(pid) in (0, 1)
+        assert ended(pid) == 0
         assert "server stopped by UID" in (trim.directory / "output.log").read_text().splitlines()[-1]
 
 

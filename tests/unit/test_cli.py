@@ -79,7 +79,6 @@ def test_the_command_runs_as_a_module_too() -> None:
     [
         [],
         ["nothing"],
-        ["live"],
         ["live", "--pid"],
         ["live", "--pid", "x"],
         ["live", "--pid", "1", "--name", "x"],
@@ -96,6 +95,11 @@ def test_wrong_usage_is_exit_status_2(arguments: list[str], capsys: Capture) -> 
     assert ends(*arguments) == 2
     lines = errors(capsys)
     assert [line for line in lines if ": error: " in line] == lines[-1:]
+
+
+def test_live_without_a_target_says_how_to_name_one(capsys: Capture) -> None:
+    assert ends("live") == 2
+    assert "--pid P, --name N or --remote" in errors(capsys)[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The gdb engine: the same patch sets, applied to a process that gdb holds, here or behind a gdbserver."""

@@ -1,0 +1,314 @@
+"""A process that gdb holds: its threads stopped all at once, looked at, sent on, and let go again as they were."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dynacut.live.gdb.session import GdbError, GdbSession
+from dynacut.live.proc import TaskStatus, parse_start_time, parse_status, task_status
+from dynacut.live.remote import StopClock
+from dynacut.live.resumption import in_syscall, resumption, was_interrupted
+from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.target import SIGTRAP, Mapping, Module, Target
+
+ReadFile = Callable[[str], bytes]
+"""The contents of a file of the process's machine; OSError if it cannot be read."""
+
+_REGISTERS = ("rax", "rcx", "rdx", "rsi", "rdi", "rsp", "r8", "r9", "r10", "r11", "rip", "orig_rax", "fs_base")
+_INT3 = 0xCC
+_SI_KERNEL = 0x80  # what an int3's SIGTRAP has for a code (asm/siginfo.h)
+_PAUSE = 0.002
+_RELEASE_TIMEOUT = 5.0
+
+
+class Described(Target, Protocol):
+    """A process as it can be described without being held."""
+
+    @property
+    def pid(self) -> int:
+        """Its id, on its machine."""
+
+    def refresh(self) -> None:
+        """Reads mappings and modules again."""
+
+
+@dataclass
+class HeldThread:
+    """A thread for as long as it is held. number: gdb's own name for it. registers: unsigned, by their names."""
+
+    tid: int
+    number: str
+    registers: dict[str, int]
+    moved: bool = False
+    """Whether it was sent elsewhere since it was stopped."""
+
+
+class Held:
+    """A process in gdb's hands, again and again: hold() and release().
+
+    read_file: None for a process of this machine. clock counts each hold. deadline: the time.monotonic() by which all
+    must be done.
+    """
+
+    def __init__(
+        self, session: GdbSession, process: Described, read_file: ReadFile | None, clock: StopClock, deadline: float
+    ) -> None:
+        self.session = session
+        self.process = process
+        self.deadline = deadline
+        self._is_here = read_file is None
+        self._read_file = read_file or (lambda path: Path(path).read_bytes())
+        self._clock = clock
+        self._threads: dict[int, HeldThread] = {}
+        self._since: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The process's."""
+        return self.process.label
+
+    @property
+    def exe(self) -> str:
+        """The process's."""
+        return self.process.exe
+
+    @property
+    def modules(self) -> Sequence[Module]:
+        """The process's."""
+        return self.process.modules
+
+    @property
+    def mappings(self) -> Sequence[Mapping]:
+        """The process's."""
+        return self.process.mappings
+
+    @property
+    def has_shadow_stack(self) -> bool:
+        """The process's."""
+        return self.process.has_shadow_stack
+
+    def private_pages(self, mapping: Mapping) -> Sequence[int]:
+        """The process's."""
+        return self.process.private_pages(mapping)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Exactly size bytes at an address, through gdb; DynacutError if they are not all mapped."""
+        try:
+            return self.session.read(address, size)
+        except GdbError as error:
+            raise DynacutError(f"{size} bytes at {address:#x} of {self.label} cannot be read: {error}") from None
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes bytes at an address, through gdb, whatever the protection there; DynacutError if that fails."""
+        try:
+            self.session.write(address, data)
+        except GdbError as error:
+            raise DynacutError(
+                f"{len(data)} bytes at {address:#x} of {self.label} cannot be written: {error}"
+            ) from None
+
+    def status(self, tid: int | None = None) -> TaskStatus:
+        """The status of the process, or of one of its threads; DynacutError if it is not to be had."""
+        pid = self.process.pid
+        folder = f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
+        return parse_status(self._file(f"{folder}/status"))
+
+    def start_time(self, tid: int) -> int:
+        """When a thread started, in clock ticks since boot."""
+        return parse_start_time(self._file(f"/proc/{self.process.pid}/task/{tid}/stat"))
+
+    def _file(self, path: str) -> bytes:
+        try:
+            return self._read_file(path)
+        except OSError as error:
+            raise DynacutError(f"{path} of {self.label} cannot be read: {error.strerror or error}") from None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the threads are stopped."""
+        return self._since is not None
+
+    def hold(self) -> None:
+        """Attaches gdb, which stops every thread.
+
+        Raises:
+            DynacutError: it may not, or not in time; the process is let go.
+        """
+        self._since = time.perf_counter_ns()
+        self.session.deadline = self.deadline
+        try:
+            try:
+                self.session.forget_stops()
+                self.session.command(f"-target-attach {self.process.pid}")
+                self.session.await_stop()
+            except GdbError as error:
+                raise DynacutError(
+                    f"gdb cannot attach to {self.label}: {error}",
+                    "see whether the process is still there, and no other debugger holds it",
+                ) from None
+            self.look()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def adopt(self) -> None:
+        """Takes over a process that gdb holds already: the one that a gdbserver had when gdb connected to it."""
+        self._since = time.perf_counter_ns()
+        self.look()
+
+    def look(self) -> None:
+        """Reads the threads and their registers; who has just run into an int3 is put back before it.
+
+        gdb has taken that thread's SIGTRAP and would not hand it on. Before the int3, the thread runs into it again, or
+        finds the old instruction there.
+        """
+        try:
+            names = self.session.command("-data-list-register-names")["register-names"]
+            self._numbers = [names.index(name) for name in _REGISTERS]
+            self._threads = {}
+            for entry in self.session.command("-thread-info")["threads"]:
+                tid = int(re.findall(r"\d+", str(entry["target-id"]).partition('"')[0])[-1])
+                self._threads[tid] = HeldThread(tid, str(entry["id"]), {})
+                self.reread(self._threads[tid])
+            for thread in self._threads.values():
+                self._put_back_before_int3(thread)
+        except (GdbError, ValueError, LookupError) as error:
+            raise DynacutError(f"gdb does not tell the threads of {self.label}: {error}") from None
+
+    def reread(self, thread: HeldThread) -> None:
+        """Reads a thread's registers again."""
+        values = self.session.registers(thread.number, self._numbers)
+        thread.registers = dict(zip(_REGISTERS, values, strict=True))
+
+    @property
+    def held_threads(self) -> Sequence[HeldThread]:
+        """Every thread."""
+        return list(self._threads.values())
+
+    def thread(self, tid: int) -> HeldThread | None:
+        """The thread of an id; None if it has ended."""
+        return self._threads.get(tid)
+
+    def signal_of(self, thread: HeldThread) -> tuple[int, int]:
+        """Number and code of the signal that a thread was stopped with; (SIGSTOP, 0) where that is not known."""
+        ask = f"-data-evaluate-expression --thread {thread.number} $_siginfo."
+        try:
+            return (
+                int(self.session.command(ask + "si_signo")["value"]),
+                int(self.session.command(ask + "si_code")["value"]),
+            )
+        except (GdbError, ValueError):
+            return signal.SIGSTOP, 0
+
+    def delivers_signal(self, thread: HeldThread) -> bool:
+        """Whether a thread was stopped on its way to a signal handler."""
+        return not thread.moved and self.signal_of(thread)[0] not in (signal.SIGSTOP, SIGTRAP)
+
+    def pending_signals(self, thread: HeldThread) -> int:
+        """The signals that wait for a thread and that it does not block; bit N-1 for N."""
+        status = self.status(thread.tid)
+        return (status.thread_pending | status.shared_pending) & ~status.blocked
+
+    def send(self, thread: HeldThread, **registers: int) -> None:
+        """Sets registers of a thread, all at once.
+
+        orig_rax is marked as of no system call, or the kernel would start an interrupted one again wherever rip points.
+        """
+        given = {**registers, "orig_rax": -1}
+        assignments = ", ".join(f"${name} = {value}" for name, value in given.items())
+        try:
+            self.session.command(f'-data-evaluate-expression --thread {thread.number} "{assignments}"')
+            self.reread(thread)
+        except GdbError as error:
+            raise DynacutError(f"the registers of {self.label} cannot be set: {error}") from None
+        if any(thread.registers[name] != value % (1 << 64) for name, value in given.items()):
+            raise DynacutError(
+                f"the registers of thread {thread.tid} of {self.label} are not what they were set to",
+                "this gdb does not work here; use --engine ptrace",
+                status=ExitStatus.UNKNOWN,
+            )
+        thread.moved = True
+
+    def pause(self, otherwise: DynacutError) -> None:
+        """Lets the process run for a moment and holds it again.
+
+        Raises:
+            DynacutError: otherwise, if time is up; or the process cannot be held again.
+        """
+        if time.monotonic() > self.deadline:
+            raise otherwise
+        self.release()
+        time.sleep(_PAUSE)
+        self.hold()
+
+    def extend_deadline(self, seconds: float) -> None:
+        """Gives it some more time, from now, to put things right."""
+        self.deadline = self.session.deadline = max(self.deadline, time.monotonic() + seconds)
+
+    def release(self) -> None:
+        """Lets the process go on as if it had not been stopped.
+
+        Raises:
+            DynacutError: gdb cannot detach.
+        """
+        if self._since is None:
+            return
+        self.session.deadline = time.monotonic() + _RELEASE_TIMEOUT
+        try:
+            for thread in self._threads.values():
+                self._conceal(thread)
+            self.session.command("-target-detach")
+        except (GdbError, DynacutError) as error:
+            self.abandon()
+            raise DynacutError(
+                f"gdb could not let {self.label} go as it should: {error}",
+                "run `dynacut live` on it to see what is in force",
+                status=ExitStatus.UNKNOWN,
+            ) from None
+        self._clock.add(time.perf_counter_ns() - self._since)
+        self._since = None
+
+    def abandon(self) -> None:
+        """Ends a gdb that does not do what it should. What it leaves stopped goes on, where it is on this machine."""
+        self.session.close()
+        if self._since is not None:
+            self._clock.add(time.perf_counter_ns() - self._since)
+        self._since = None
+        self._let_go_on()
+
+    def gone(self) -> DynacutError:
+        """The error for a process that has ended."""
+        return DynacutError(
+            f"{self.label} has ended", "look at its log, and at how it ended", status=ExitStatus.UNKNOWN
+        )
+
+    def _let_go_on(self) -> None:
+        """A debugger that dies may leave the process to the SIGSTOP that it was attached with. It was not stopped
+        before, or it would have been refused."""
+        with suppress(OSError):
+            if self._is_here and task_status(self.process.pid).state == "T":
+                os.kill(self.process.pid, signal.SIGCONT)
+
+    def _put_back_before_int3(self, thread: HeldThread) -> None:
+        rip = thread.registers["rip"]
+        if in_syscall(thread.registers):
+            return
+        with suppress(GdbError):  # a jump to nowhere, about to end the process
+            if self.session.read(rip - 1, 1)[0] == _INT3 and self.signal_of(thread) == (SIGTRAP, _SI_KERNEL):
+                self.send(thread, rip=rip - 1)
+
+    def _conceal(self, thread: HeldThread) -> None:
+        """Starts a system call again that the stop has made fail, unless a signal is why it fails."""
+        if thread.moved or not was_interrupted(thread.registers):
+            return
+        again = resumption(thread.registers)
+        if again.restarts and not self.pending_signals(thread):
+            self.send(thread, rax=again.rax, rip=again.rip)
