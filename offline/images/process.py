@@ -85,6 +85,7 @@ class ImageProcess:
         """
         self.pid = pid
         self._folder = folder
+        self._checked_files: set[str] = set()
         self._root = root
         self.threads = [Thread(tid, self._core(tid)) for tid in [pid, *(tid for tid in tids if tid != pid)]]
         shared = self.threads[0].core
@@ -267,6 +268,8 @@ class ImageProcess:
         if vma is None or vma.file is None:
             return
         path = self._root + vma.file.path
+        if path in self._checked_files:
+            return
         os.close(open_mapped(path, vma.file))
         build_id = ElfFile.open(Path(path)).build_id or ""
         recorded = vma.file.build_id.hex()
@@ -276,6 +279,7 @@ class ImageProcess:
                 f"{path} has build-id {build_id or 'none'}, the image was made with {recorded}",
                 "restore the program's version, or give the folder that has it by --root",
             )
+        self._checked_files.add(path)
 
     @property
     def changed(self) -> bool:
