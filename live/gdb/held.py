@@ -147,6 +147,10 @@ class Held:
         try:
             try:
                 self.session.forget_stops()
+                if self._is_here:
+                    # Without the program's file gdb takes a process for a 32-bit one until it has looked at it. A thread
+                    # that has just run into an int3 it puts back before that, and would cut off its address.
+                    self.session.command("-gdb-set architecture i386:x86-64")
                 self.session.command(f"-target-attach {self.process.pid}")
                 self.session.await_stop()
             except GdbError as error:
@@ -303,7 +307,8 @@ class Held:
             return
         with suppress(GdbError):  # a jump to nowhere, about to end the process
             if self.session.read(rip - 1, 1)[0] == _INT3 and self.signal_of(thread) == (SIGTRAP, _SI_KERNEL):
-                self.send(thread, rip=rip - 1)
+                self.send(thread, rip=rip - 1); import sys; print("PUTBACK", hex(rip), file=sys.stderr)
+            elif self.signal_of(thread) == (SIGTRAP, _SI_KERNEL): import sys; print("TRAP", hex(rip), self.session.read(rip, 1), self.session.read(rip-1, 1), file=sys.stderr)
 
     def _conceal(self, thread: HeldThread) -> None:
         """Starts a system call again that the stop has made fail, unless a signal is why it fails."""

@@ -11,16 +11,21 @@ from typing import IO, Self
 from dynacut.live.tree import by_name
 
 from .conftest import Dynacut
-from .servers import ServerMissing, free_port, wait_until
+from .servers import ServerMissing, free_port
 
 _END_TIMEOUT = 5.0
 
 
 class GdbServer:
-    """A gdbserver, listening. arguments: what it is given besides its address, such as --multi; program: what it starts."""
+    """A gdbserver, listening. arguments: besides its address, such as --multi; program: what it starts."""
 
-    def __init__(self, *arguments: str | int, program: Sequence[str | Path] = (), stdin: int | IO[bytes] = subprocess.DEVNULL,
-                 stdout: int = subprocess.DEVNULL) -> None:
+    def __init__(
+        self,
+        *arguments: str | int,
+        program: Sequence[str | Path] = (),
+        stdin: int | IO[bytes] = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+    ) -> None:
         path = shutil.which("gdbserver")
         if path is None:
             raise ServerMissing("gdbserver is not installed (Debian: apt-get install gdbserver)")
