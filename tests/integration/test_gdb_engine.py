@@ -56,7 +56,7 @@ def bytes_of(pid: int) -> tuple[dict[int, bytes], object]:
 
 def test_a_plan_that_does_not_fit_is_refused(dynacut: Dynacut) -> None:
     with Redis() as redis:
-        done = dynacut("live", "--pid", redis.pid, "--disable", "setCommand+1", "--on-hit", "terminate")
+        done = dynacut("live", "--pid", redis.pid, "--disable", "setCommand+2", "--on-hit", "terminate")
         assert done.returncode == 1
         assert "not the first byte" in done.stderr
         assert redis.command("SET", "key", "x") == "OK"
