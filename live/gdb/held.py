@@ -307,8 +307,7 @@ class Held:
             return
         with suppress(GdbError):  # a jump to nowhere, about to end the process
             if self.session.read(rip - 1, 1)[0] == _INT3 and self.signal_of(thread) == (SIGTRAP, _SI_KERNEL):
-                self.send(thread, rip=rip - 1); import sys; print("PUTBACK", hex(rip), file=sys.stderr)
-            elif self.signal_of(thread) == (SIGTRAP, _SI_KERNEL): import sys; print("TRAP", hex(rip), self.session.read(rip, 1), self.session.read(rip-1, 1), file=sys.stderr)
+                self.send(thread, rip=rip - 1)
 
     def _conceal(self, thread: HeldThread) -> None:
         """Starts a system call again that the stop has made fail, unless a signal is why it fails."""
