@@ -148,8 +148,8 @@ class Held:
             try:
                 self.session.forget_stops()
                 if self._is_here:
-                    # Without the program's file gdb takes a process for a 32-bit one until it has looked at it. A thread
-                    # that has just run into an int3 it puts back before that, and would cut off its address.
+                    # Without the program's file gdb takes a process for a 32-bit one until it has looked at it. Before
+                    # that, it puts a thread back that has just run into an int3, and would cut off its address.
                     self.session.command("-gdb-set architecture i386:x86-64")
                 self.session.command(f"-target-attach {self.process.pid}")
                 self.session.await_stop()
