@@ -218,7 +218,9 @@ def test_pages_of_a_parent_that_is_not_there(criu: Criu, tmp_path: Path) -> None
         folder = ImageFolder(directory)
         pages = Pages(folder, str(pid))
         first, *others = pages.extents
-        data = pages.with_extents([*others, Extent(first.end - 4096, first.end, -1, PARENT)][::-1][:1])
+        data = pages.with_extents(
+            [*others, Extent(first.end - 4096, first.end, -1, PARENT)][::-1][:1], pages.head.pages_id
+        )
         pages.close()
         folder.close()
         (directory / pages.name).write_bytes(data)
