@@ -287,10 +287,10 @@ def test_a_rewriting_that_fails_restores_the_original(
     assert redis.command("SET", "key", "after") == "OK"
 
 
-def test_a_disk_that_is_full_when_the_image_is_complete(
+def test_a_disk_that_is_full_is_noticed_before_the_process_is_dumped(
     redis: Redis, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last file of the image, dynacut's own, cannot be written; CRIU has ended the process already."""
+    """dynacut's own file of the image cannot be written: nothing has been done to the process then."""
 
     def full(_: object) -> bytes:
         raise OSError(28, "No space left on device")
@@ -298,7 +298,7 @@ def test_a_disk_that_is_full_when_the_image_is_complete(
     monkeypatch.setattr(Record, "packed", full)
     with reaped(redis.pid):
         status, _, errors = start("live", "--pid", redis.pid, *SET_REDIRECTED, *FALLBACK, "--images", images).result(60)
-    assert status == 1 and "image cannot be written: No space left on device" in errors
+    assert status == 1 and "dynacut.json cannot be written: No space left on device" in errors
     assert is_running(redis.pid)
     assert redis.command("SET", "key", "after") == "OK"
 
