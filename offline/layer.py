@@ -121,10 +121,11 @@ class _LayerWriter(_Writer):
         """Writes the layer."""
         replaced = set(self._new)
         repaged = self._repaged()
+        held = {process for process in repaged if _touches_held_pages(process)}
         for process in repaged:
             pages = process.memory.pages
             replaced.add(pages.name)
-            if _touches_held_pages(process):
+            if process in held:
                 replaced.add(pages.pages_name)
         self._link_all(self._image.folder, Path(), replaced)
         for name, data in self._new.items():
@@ -135,7 +136,7 @@ class _LayerWriter(_Writer):
             while pages_name(below) in taken:
                 below = (below + 1) % (1 << 32)
             taken.add(pages_name(below))
-            if _touches_held_pages(process):
+            if process in held:
                 self._write_over(process, below)
             else:
                 self._write_under(process, below)
@@ -162,7 +163,7 @@ class _LayerWriter(_Writer):
         pages, written = process.memory.pages, process.memory.written
         own = list(_without(process.memory.extents(), written))
         below = [Extent(start, end, -1, PARENT) for start, end in _runs(written)]
-        self.put(Path(pages.name), pages.with_extents(sorted([*own, *below], key=_start), pages.pages_id))
+        self.put(Path(pages.name), pages.with_extents(sorted([*own, *below]), pages.pages_id))
         if not written and not any(extent.in_parent for extent in own):
             return
         # A page of the original's parent is found one level deeper.
@@ -189,7 +190,7 @@ class _LayerWriter(_Writer):
         for start, end in _runs(written):
             extents.append(Extent(start, end, offset, PRESENT))
             offset += end - start
-        self.put(where / pages.name, pages.with_extents(sorted(extents, key=_start), pages_id))
+        self.put(where / pages.name, pages.with_extents(sorted(extents), pages_id))
         self.put(where / pages_name(pages_id), b"".join(written[page] for page in sorted(written)))
 
     def _link_all(self, folder: ImageFolder, where: Path, replaced: set[str]) -> None:
@@ -254,7 +255,7 @@ class _FlatWriter(_Writer):
         output = os.open(self._directory / pages.pages_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             offset = 0
-            for extent in sorted([*kept, *new], key=_start):
+            for extent in sorted([*kept, *new]):
                 if extent.start in written:
                     for page in range(extent.start, extent.end, PAGE_SIZE):
                         _write_all(output, written[page])
@@ -288,10 +289,6 @@ def _touches_held_pages(process: ImageProcess) -> bool:
     return kept != memory.pages.size
 
 
-def _start(extent: Extent) -> int:
-    return extent.start
-
-
 def _runs(pages: dict[int, bytes]) -> Iterator[tuple[int, int]]:
     """The consecutive runs of pages, by first address and end."""
     start = end = -1
@@ -313,6 +310,9 @@ def _without(extents: Iterator[Extent], pages: dict[int, bytes]) -> Iterator[Ext
         start = extent.start
         while position < len(runs) and runs[position][1] <= start:
             position += 1
+        if position == len(runs) or extent.end <= runs[position][0]:
+            yield extent
+            continue
         index = position
         while index < len(runs) and runs[index][0] < extent.end:
             if start < runs[index][0]:

@@ -112,9 +112,10 @@ class ImageFolder:
             DynacutError: it cannot be read, or is larger than any such file.
         """
         with os.fdopen(self.open(name), "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_METADATA_SIZE:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_METADATA_SIZE:
                 raise self.broken(name, f"larger than {MAX_METADATA_SIZE >> 20} MiB")
-            return file.read(MAX_METADATA_SIZE)
+            return file.read(size)  # a larger size would be allocated first
 
     def messages(self, name: str, magic: int, limit: int = MAX_MESSAGES) -> Iterator[bytes]:
         """The messages of an image file, not yet parsed.

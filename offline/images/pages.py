@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from dynacut.offline.images.files import ImageFolder, copy_range, packed
 from dynacut.offline.images.schema import Message, PagemapEntry, PagemapHead
@@ -18,9 +19,11 @@ _ADDRESS_LIMIT = 1 << 56
 _MAX_EXTENTS = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Consecutive pages; offset is where they are in the pages file, in bytes, -1 if they are the parent's."""
+class Extent(NamedTuple):
+    """Consecutive pages; offset is where they are in the pages file, in bytes, -1 if they are the parent's.
+
+    They sort by address. A tuple, because there are thousands, which are gone through many times.
+    """
 
     start: int
     end: int
@@ -79,22 +82,25 @@ class Pages:
         offset = last = 0
         for data in messages:
             entry = self.folder.decode(self.name, PagemapEntry, data)
-            # Before CRIU 2.7 there were no flags.
-            flags = entry.flags if entry.HasField("flags") else 0 if entry.in_parent else PRESENT
-            flags |= PARENT if entry.in_parent else 0
-            count = entry.nr_pages if entry.HasField("nr_pages") else entry.compat_nr_pages
-            start, end = entry.vaddr, entry.vaddr + count * PAGE_SIZE
+            flags, count, in_parent = entry.flags, entry.nr_pages, entry.in_parent
+            if not flags and not entry.HasField("flags"):  # before CRIU 2.7
+                flags = 0 if in_parent else PRESENT
+            if not count and not entry.HasField("nr_pages"):  # before CRIU 4.2
+                count = entry.compat_nr_pages
+            flags |= PARENT if in_parent else 0
+            start = entry.vaddr
+            end = start + count * PAGE_SIZE
             if start % PAGE_SIZE or start < last or not start < end <= _ADDRESS_LIMIT:
                 raise self.folder.broken(self.name, f"its entry for {start:#x}, {count} pages, overlaps or is no range")
             last = end
-            match bool(flags & PARENT), bool(flags & PRESENT):
-                case True, False:
-                    yield Extent(start, end, -1, flags)
-                case False, True:
-                    yield Extent(start, end, offset, flags)
-                    offset += end - start
-                case _:  # a dump by --lazy-pages may leave pages in the process that was dumped
-                    raise self.folder.broken(self.name, f"the pages at {start:#x} are not in one place")
+            place = flags & (PARENT | PRESENT)
+            if place == PARENT:
+                yield Extent(start, end, -1, flags)
+            elif place == PRESENT:
+                yield Extent(start, end, offset, flags)
+                offset += end - start
+            else:  # a dump by --lazy-pages may leave pages in the process that was dumped
+                raise self.folder.broken(self.name, f"the pages at {start:#x} are not in one place")
 
     @property
     def pages_id(self) -> int:
@@ -148,7 +154,9 @@ class Pages:
             extent = self.extents[position]
             if extent.start >= end:
                 return
-            if extent.end > start:
+            if start <= extent.start and extent.end <= end:
+                yield extent
+            elif extent.end > start:
                 yield extent.part(max(start, extent.start), min(end, extent.end))
 
     def fill(self, data: bytearray | memoryview, address: int) -> None:
@@ -211,27 +219,42 @@ class Pages:
 
         What mappings or written pages have cut an entry into is joined again where it still belongs together.
         """
-        starts = set(self._starts)
         joined: list[Extent] = []
         for extent in extents:
             last = joined[-1] if joined else None
             if (
                 last is not None
+                and extent.start not in self._positions
                 and last.end == extent.start
                 and last.flags == extent.flags
                 and ((last.in_parent and extent.in_parent) or last.offset + last.end - last.start == extent.offset)
-                and extent.start not in starts
             ):
-                joined[-1] = Extent(last.start, extent.end, last.offset, last.flags)
+                joined[-1] = last._replace(end=extent.end)
             else:
                 joined.append(extent)
-        entries = list(self.folder.messages(self.name, PAGEMAP_MAGIC, _MAX_EXTENTS))[1:]
-        known = {(each.start, each.end, each.flags): data for each, data in zip(self.extents, entries, strict=True)}
         head = PagemapHead()
         head.CopyFrom(self.head)
         head.pages_id = pages_id
-        messages = (known.get((each.start, each.end, each.flags)) or each.message() for each in joined)
-        return packed(PAGEMAP_MAGIC, [head, *messages])
+        return packed(PAGEMAP_MAGIC, [head, *map(self._entry, joined)])
+
+    def _entry(self, extent: Extent) -> Message | bytes:
+        """The entry for an extent, as it is in the file if it is there."""
+        position = self._positions.get(extent.start)
+        if position is not None:
+            before = self.extents[position]
+            if (before.end, before.flags) == (extent.end, extent.flags):
+                return self._entries[position]
+        return extent.message()
+
+    @cached_property
+    def _entries(self) -> list[bytes]:
+        """The entries as they are in the file."""
+        return list(self.folder.messages(self.name, PAGEMAP_MAGIC, _MAX_EXTENTS))[1:]
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        """Which entry begins at an address, by that address."""
+        return {start: position for position, start in enumerate(self._starts)}
 
 
 def pages_name(pages_id: int) -> str:
