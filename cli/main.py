@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dynacut.cli import checkpoint, compare, doctor, live, offline, plan, restore, trace, trim
+from dynacut.cli import checkpoint, doctor, live, offline, plan, restore, trace, trim
+from dynacut.cli.compare import command as compare
 from dynacut.cli.console import print_error
 from dynacut.shared.errors import DynacutError, ExitStatus
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dynacut.cli.compare_target import state_of
+from dynacut.cli.compare.target import state_of
 
 from .checkpoints import reaping, the_criu
 from .conftest import Dynacut

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from dynacut.cli import compare
-from dynacut.cli.compare_document import MEASURES, cell, document_of, rows_of, shown, verdicts_of
-from dynacut.cli.compare_page import page_of
-from dynacut.cli.compare_target import memory_of
-from dynacut.cli.compare_ways import Run, Settings, Step, Way, why_not
-from dynacut.cli.comparison import Facts, Measured, Observed, Results
+from dynacut.cli.compare import command
+from dynacut.cli.compare.comparison import Facts, Measured, Observed, Results
+from dynacut.cli.compare.document import MEASURES, cell, document_of, rows_of, shown, verdicts_of
+from dynacut.cli.compare.page import page_of
+from dynacut.cli.compare.prober import Seen
+from dynacut.cli.compare.target import memory_of
+from dynacut.cli.compare.ways import Run, Settings, Step, Way, why_not
 from dynacut.cli.main import main
-from dynacut.cli.prober import Seen
 
 PLAN = 'format = 1\n[[feature]]\nname = "set"\nsites = [{ at = "x+0x10" }]\n'
 # Options.
@@ -57,7 +57,7 @@ def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_ways_are_taken_once_each() -> None:
     parser = argparse.ArgumentParser()
-    compare.prepare_parser(parser)
+    command.prepare_parser(parser)
     arguments = parser.parse_args(["--plan", "p", "--ways", "checkpoint,live,checkpoint", "--", "a", "--pid", "3"])
     assert arguments.ways == [Way.CHECKPOINT, Way.LIVE]
     assert arguments.pid is None

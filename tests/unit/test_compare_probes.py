@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.cli.compare_target import is_alive
-from dynacut.cli.prober import Prober
-from dynacut.cli.probes import (
+from dynacut.cli.compare.prober import Prober
+from dynacut.cli.compare.probes import (
     CommandProbe,
     HttpProbe,
     RedisProbe,
@@ -26,6 +25,7 @@ from dynacut.cli.probes import (
     guessed,
     http_probe,
 )
+from dynacut.cli.compare.target import is_alive
 
 Answer = Callable[[socket.socket], None]
 

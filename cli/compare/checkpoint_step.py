@@ -1,6 +1,6 @@
 """One step of `dynacut compare` by checkpoint: dump, rewrite, restore, in a process of its own like any command.
 
-    python -m dynacut.cli.compare_checkpoint --pid P --images DIR (--plan FILE [--feature NAME …] | --undo) --json
+    python -m dynacut.cli.compare.checkpoint_step --pid P --images DIR (--plan FILE [--feature NAME …] | --undo) --json
 
 Everything that can be done before the processes stand still is done before: imports, the plan, CRIU's trial.
 """
@@ -25,7 +25,7 @@ IMAGE, LAYER = "image", "rewritten"
 
 def main() -> int:
     """Does the step; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dynacut.cli.compare_checkpoint")
+    parser = argparse.ArgumentParser(prog="python -m dynacut.cli.compare.checkpoint_step")
     parser.add_argument("--pid", type=int, required=True)
     parser.add_argument("--images", type=Path, required=True, help="a folder; it gets the image and the rewritten one")
     parser.add_argument("--criu", type=Path)

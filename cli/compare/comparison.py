@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dynacut.cli.compare_target import State, is_alive, memory_of, state_of, tree_of
-from dynacut.cli.compare_ways import Run, Settings, Step, Way, rehearse, run_step
+from dynacut.cli.compare.prober import Prober, Seen
+from dynacut.cli.compare.probes import REPLY_TIMEOUT, Probe
+from dynacut.cli.compare.target import State, is_alive, memory_of, state_of, tree_of
+from dynacut.cli.compare.ways import Run, Settings, Step, Way, rehearse, run_step
 from dynacut.cli.console import warn
-from dynacut.cli.prober import Prober, Seen
-from dynacut.cli.probes import REPLY_TIMEOUT, Probe
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 Target = Callable[[], AbstractContextManager[tuple[int, Probe]]]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Self
 
-from dynacut.cli.probes import FAILURES, Conversation, Probe
+from dynacut.cli.compare.probes import FAILURES, Conversation, Probe
 from dynacut.shared.errors import DynacutError
 
 _PR_SET_PDEATHSIG = 1

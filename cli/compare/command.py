@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.compare_ways import Settings, Way, why_not
+from dynacut.cli.compare.ways import Settings, Way, why_not
 from dynacut.cli.console import print_json, print_table, warn
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 
 if TYPE_CHECKING:
-    from dynacut.cli.comparison import Results
-    from dynacut.cli.probes import Probe
+    from dynacut.cli.compare.comparison import Results
+    from dynacut.cli.compare.probes import Probe
 
 NAME = "compare"
 HELP = "measure a plan live, by gdb and by checkpoint, side by side"
@@ -63,7 +63,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
     """Measures and says what was measured."""
-    from dynacut.cli.comparison import Comparison
+    from dynacut.cli.compare.comparison import Comparison
     from dynacut.offline import processes
     from dynacut.shared.plan import load
 
@@ -140,8 +140,8 @@ def _ask(arguments: argparse.Namespace, ways: Sequence[Way], features: Sequence[
 
 @contextmanager
 def _target(arguments: argparse.Namespace, command: Sequence[str]) -> Iterator[tuple[int, Probe]]:
-    from dynacut.cli.compare_target import instance, tree_of
-    from dynacut.cli.probes import answers, guessed
+    from dynacut.cli.compare.probes import answers, guessed
+    from dynacut.cli.compare.target import instance, tree_of
 
     if arguments.pid is None:
         with instance(command, lambda pids: arguments.asked or guessed(pids)) as started:
@@ -158,7 +158,7 @@ def _target(arguments: argparse.Namespace, command: Sequence[str]) -> Iterator[t
 
 
 def _report(arguments: argparse.Namespace, settings: Settings, results: Results) -> None:
-    from dynacut.cli.compare_document import document_of
+    from dynacut.cli.compare.document import document_of
 
     document = document_of(results, settings, arguments.repeat)
     for way, reason in results.left_out.items():
@@ -167,7 +167,7 @@ def _report(arguments: argparse.Namespace, settings: Settings, results: Results)
     for line in document["warnings"]:
         warn(line)
     if arguments.html is not None:
-        from dynacut.cli.compare_page import page_of
+        from dynacut.cli.compare.page import page_of
 
         try:
             arguments.html.write_text(page_of(document), "utf-8")
@@ -182,7 +182,7 @@ def _report(arguments: argparse.Namespace, settings: Settings, results: Results)
 
 
 def _print(document: dict[str, Any]) -> None:
-    from dynacut.cli.compare_document import MEASURES, cell, extent_of, rows_of, verdicts_of
+    from dynacut.cli.compare.document import MEASURES, cell, extent_of, rows_of, verdicts_of
 
     target = document["target"]
     print(f"{printable(target['name'])} ({extent_of(target)}): {printable(document['probe'])}")
@@ -211,25 +211,25 @@ def _repeat(text: str) -> int:
 
 
 def _command(text: str) -> Probe:
-    from dynacut.cli.probes import CommandProbe
+    from dynacut.cli.compare.probes import CommandProbe
 
     return CommandProbe(text)
 
 
 def _redis(text: str) -> Probe:
-    from dynacut.cli.probes import RedisProbe, endpoint
+    from dynacut.cli.compare.probes import RedisProbe, endpoint
 
     return RedisProbe(*endpoint(text))
 
 
 def _http(text: str) -> Probe:
-    from dynacut.cli.probes import http_probe
+    from dynacut.cli.compare.probes import http_probe
 
     return http_probe(text)
 
 
 def _tcp(text: str) -> Probe:
-    from dynacut.cli.probes import TcpProbe, endpoint
+    from dynacut.cli.compare.probes import TcpProbe, endpoint
 
     return TcpProbe(*endpoint(text))
 

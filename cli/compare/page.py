@@ -6,7 +6,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynacut.cli.compare_document import MEASURES, Measure, counted, extent_of, rows_of, shown, verdicts_of
+from dynacut.cli.compare.document import MEASURES, Measure, counted, extent_of, rows_of, shown, verdicts_of
 
 _FILES = Path(__file__).parent
 _CHARTS = ("client_us", "new_client_us", "stopped_us", "wall_us")
@@ -21,7 +21,7 @@ class _Mark(NamedTuple):
 
 
 def page_of(document: dict[str, Any]) -> str:
-    """The page for a document of compare_document.document_of()."""
+    """The page for a document of document.document_of()."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -32,10 +32,10 @@ def page_of(document: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = "".join((_FILES / name).read_text("utf-8") for name in ("picture.css", "compare.css"))
+    style = "".join(file.read_text("utf-8") for file in (_FILES.parent / "picture.css", _FILES / "page.css"))
     target = document["target"]
     columns = rows_of(document)
-    return environment.get_template("compare.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         style=Markup(style),
         target=target["name"],
         features=document["features"],

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.probes import Probe, answers
+from dynacut.cli.compare.probes import Probe, answers
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import SIGTRAP, Module
 

@@ -114,7 +114,7 @@ def run_step(way: Way, step: Step, pids: Sequence[int], settings: Settings, imag
     pid = str(pids[0])
     command = [sys.executable, "-m"]
     if way is Way.CHECKPOINT:
-        command += ["dynacut.cli.compare_checkpoint", "--pid", pid, "--images", str(images)]
+        command += ["dynacut.cli.compare.checkpoint_step", "--pid", pid, "--images", str(images)]
         command += ["--criu", str(settings.criu)] if settings.criu is not None else []
     else:
         command += ["dynacut.cli.main", "live", "--pid", pid, "--tree"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from dynacut.cli.compare_ways import Settings, Step, Way
-from dynacut.cli.comparison import Measured, Observed, Results
+from dynacut.cli.compare.comparison import Measured, Observed, Results
+from dynacut.cli.compare.ways import Settings, Step, Way
 from dynacut.shared.errors import DynacutError, printable
 from dynacut.shared.report import SCHEMA
 
