@@ -34,6 +34,7 @@ def admit(pid: int) -> list[int]:
         raise DynacutError(f"dynacut descends from {label} and would be frozen with it", "start it from elsewhere")
     _check_namespace(pid, label)
     for member in tree:
+        _check_session(member)
         _check_process(member, int(status["PPid"]) if member == pid else None)
     return tree
 
@@ -61,6 +62,20 @@ def _namespace(pid: int | str) -> str:
     except OSError as error:
         problem = f"process {pid} cannot be looked at: {error.strerror}"
         raise DynacutError(problem, "see whether it still runs") from None
+
+
+def _check_session(pid: int) -> None:
+    """CRIU makes sessions anew on restore and needs the leader's pid; one from outside has none in this namespace."""
+    try:
+        session = os.getsid(pid)
+    except OSError:
+        return  # it has ended meanwhile
+    if session == 0:
+        raise DynacutError(
+            f"{processes.described(pid)} belongs to a session that was begun outside of its pid namespace, which CRIU "
+            "cannot dump",
+            "start the program in a session of its own, by `setsid`; or patch it by `dynacut live`",
+        )
 
 
 def _check_process(pid: int, outer_parent: int | None) -> None:

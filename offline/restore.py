@@ -147,7 +147,7 @@ class _Attempts:
             ["-d", *arguments],
             log=log,
             timeout=_LEAST_TIMEOUT + tasks.size / _LEAST_BYTES_PER_SECOND if self.timeout is None else self.timeout,
-            keep_terminal=options.shell_job and sys.stdin is not None and sys.stdin.isatty(),
+            keep_terminal=options.shell_job and os.getsid(0) != 0 and sys.stdin is not None and sys.stdin.isatty(),
         )
 
     def roll_back(self, original: Path, errors: tuple[str, ...]) -> tuple[int, float]:

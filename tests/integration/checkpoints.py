@@ -52,19 +52,38 @@ def reaping(pids: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def job(*command: str | Path, session: bool = True, **options: object) -> Iterator[int]:
+def job(*command: str | Path, **options: object) -> Iterator[int]:
     """A small process without pipes to us, ended with its descendants, also when it was restored meanwhile."""
     become_subreaper()
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(list(map(str, command)), start_new_session=session, **{**streams, **options})  # type: ignore[call-overload]
+    process = subprocess.Popen(list(map(str, command)), start_new_session=True, **{**streams, **options})  # type: ignore[call-overload]
     pid = int(process.pid)
     try:
         yield pid
     finally:
-        with suppress(OSError):
-            if Path(f"/proc/{pid}").exists():
-                assert processes.end(reversed(processes.tree_of(pid))) == []
+        _end(pid)
         process.poll()
+
+
+@contextmanager
+def shell_job(*command: str | Path) -> Iterator[int]:
+    """As job(), started by a shell that leads the session and goes on as long as it runs."""
+    become_subreaper()
+    script = '"$@" >/dev/null 2>&1 & echo $!; wait'
+    words = ["sh", "-c", script, "sh", *map(str, command)]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        try:
+            yield pid
+        finally:
+            _end(pid)
+
+
+def _end(pid: int) -> None:
+    with suppress(OSError):
+        if Path(f"/proc/{pid}").exists():
+            assert processes.end(reversed(processes.tree_of(pid))) == []
 
 
 def python_job(code: str) -> list[str]:

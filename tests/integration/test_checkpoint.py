@@ -23,7 +23,7 @@ from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError, ExitStatus
 
-from .checkpoints import NOBODY, job, python_job, reaping, the_criu, wait_for_state
+from .checkpoints import NOBODY, job, python_job, reaping, shell_job, the_criu, wait_for_state
 from .conftest import Dynacut
 from .programs import Program
 from .servers import Lighttpd, Nginx, Redis, is_running, wait_until
@@ -118,7 +118,7 @@ def test_a_service_without_sockets_needs_none(criu: Criu, tmp_path: Path) -> Non
 
 
 def test_a_job_of_a_shell(criu: Criu, tmp_path: Path) -> None:
-    with job("sleep", "1000", session=False) as pid:
+    with shell_job("sleep", "1000") as pid:
         assert checkpoint(pid, tmp_path / "image", criu=criu).options == CriuOptions(shell_job=True)
         assert restore(tmp_path / "image", criu=criu).pid == pid
         assert is_running(pid)
@@ -254,6 +254,23 @@ def test_another_users_process_without_the_capability(tmp_path: Path) -> None:
         pytest.skip("this machine gives root CAP_SYS_RESOURCE, so such a process can be dumped")
     with job("sleep", "1000", user=NOBODY) as pid:
         refused(pid, tmp_path / "image", f"runs as uid {NOBODY}, and dynacut lacks CAP_SYS_RESOURCE", "dynacut live")
+
+
+def test_a_session_outside_of_the_pid_namespace(tmp_path: Path) -> None:
+    """As of what a container's runtime starts in it. The namespace's first process forks one that is to be dumped."""
+    code = """
+import os, subprocess, sys
+child = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+assert os.getsid(child.pid) == 0
+subprocess.run([sys.executable, "-m", "dynacut.cli.main", "checkpoint", "--pid", str(child.pid), sys.argv[1]])
+assert child.poll() is None
+child.kill()
+"""
+    words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code, str(tmp_path / "image")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    problem, advice = done.stderr.splitlines()
+    assert "(sleep) belongs to a session that was begun outside of its pid namespace" in problem
+    assert "setsid" in advice and not (tmp_path / "image").exists()
 
 
 def test_half_of_a_unix_connection(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError
 
-from .checkpoints import job, reaping, the_criu
+from .checkpoints import job, reaping, shell_job, the_criu
 from .conftest import Dynacut
 from .load import Load
 from .servers import Lighttpd, Nginx, Redis, is_running, wait_until
@@ -154,7 +154,7 @@ def test_an_image_of_criu_itself(criu: Criu, redis: Redis, tmp_path: Path) -> No
 
 
 def test_looking_finds_the_options_that_were_recorded(criu: Criu, tmp_path: Path) -> None:
-    with job("flock", "--no-fork", tmp_path / "lock", "sleep", "1000", session=False) as pid:
+    with shell_job("flock", "--no-fork", tmp_path / "lock", "sleep", "1000") as pid:
         wait_until(lambda: look([pid]).options.file_locks, "the lock")
         directory = tmp_path / "image"
         recorded = checkpoint(pid, directory, criu=criu).options
