@@ -472,9 +472,14 @@ def test_options_that_make_no_sense_are_wrong_usage(program: Start, arguments: t
         _refused("--pid", target.pid, *arguments, says="", status=2)
 
 
+@pytest.mark.parametrize("arguments", [(), _DISABLE, ("--undo",), ("--tree", "--json")])
+def test_no_process_is_wrong_usage(arguments: tuple[str, ...]) -> None:
+    _refused(*arguments, says="no process is given", advises="add --pid P, --name N or --remote HOST:PORT", status=2)
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("--pid", "1", "--name", "x"), ("--pid", "x"), ("--pid", "1", "--timeout", "0"), ("--pid", "1", "--nothing")],
+    [("--pid", "1", "--name", "x"), ("--pid", "x"), ("--pid", "1", "--timeout", "0"), ("--pid", "1", "--nothing")],
 )
 def test_a_command_line_that_cannot_be_parsed_is_wrong_usage(dynacut: Dynacut, arguments: tuple[str, ...]) -> None:
     done = dynacut("live", *arguments)
