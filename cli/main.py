@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dynacut.cli import checkpoint, doctor, live, offline, plan, restore, trace, trim
+from dynacut.cli import checkpoint, doctor, live, offline, plan, restore, trace
 from dynacut.cli.compare import command as compare
 from dynacut.cli.console import print_error
+from dynacut.cli.trim import command as trim
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 STARTED = time.perf_counter()

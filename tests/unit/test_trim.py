@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from dynacut.cli.trim_service import Service
-from dynacut.cli.trim_state import State
+from dynacut.cli.trim.service import Service
+from dynacut.cli.trim.state import State
 from dynacut.shared.coverage import Coverage
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import OnHit

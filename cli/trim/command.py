@@ -17,8 +17,8 @@ from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Scope
 
 if TYPE_CHECKING:
-    from dynacut.cli.trim_state import State
-    from dynacut.cli.trim_steps import Trim
+    from dynacut.cli.trim.state import State
+    from dynacut.cli.trim.steps import Trim
 
 NAME = "trim"
 HELP = "remove start-up code from a service: trace, learn, remove, in one go"
@@ -89,9 +89,9 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     """Does every step that is not done yet, then reports."""
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     _check_usage(arguments, command)
-    from dynacut.cli.trim_report import print_report, write_report
-    from dynacut.cli.trim_service import end
-    from dynacut.cli.trim_state import State
+    from dynacut.cli.trim.report import print_report, write_report
+    from dynacut.cli.trim.service import end
+    from dynacut.cli.trim.state import State
     from dynacut.offline.processes import become_subreaper, require_root
 
     require_root("a trim")
@@ -148,7 +148,7 @@ def _request(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any
 
 def _end_leftover(state: State) -> None:
     """Ends the instance of a trim that was killed: it would be in the way of the next one's."""
-    from dynacut.cli.trim_service import end
+    from dynacut.cli.trim.service import end
     from dynacut.offline.processes import start_time
 
     if (process := state.process) is not None:
@@ -160,9 +160,9 @@ def _end_leftover(state: State) -> None:
 
 
 def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell: Callable[[str], None]) -> Trim:
-    from dynacut.cli.trim_service import Service
-    from dynacut.cli.trim_steps import Trim
-    from dynacut.cli.trim_trace import PhaseTracer
+    from dynacut.cli.trim.service import Service
+    from dynacut.cli.trim.steps import Trim
+    from dynacut.cli.trim.tracer import PhaseTracer
 
     service = Service(
         tuple(command),

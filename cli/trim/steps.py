@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.plan_startup import read_union, with_features, write_plan
-from dynacut.cli.trim_service import Service, end, is_alive, memory_of
-from dynacut.cli.trim_state import State
-from dynacut.cli.trim_trace import PhaseTracer
+from dynacut.cli.trim.service import Service, end, is_alive, memory_of
+from dynacut.cli.trim.state import State
+from dynacut.cli.trim.tracer import PhaseTracer
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import Plan, load
 

@@ -11,7 +11,7 @@ from dynacut.shared.errors import printable
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
-    from dynacut.cli.trim_steps import Trim
+    from dynacut.cli.trim.steps import Trim
 
 _COLUMNS = ["", "module", "blocks", "bytes"]
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynacut.cli.trim_service import Service, end
+from dynacut.cli.trim.service import Service, end
 from dynacut.shared.errors import DynacutError
 
 if TYPE_CHECKING:
