@@ -10,6 +10,8 @@ PACKAGES := $(wildcard cli live offline shared handlers)
 # Everything typed besides the packages; folders without Python files are passed over.
 TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/unit/*.py tests/integration/*.py examples/*.py bench/*.py)))) \
 	$(wildcard tests/*.py)
+# Tests of one file share servers and recordings, so they stay together.
+PARALLEL := -n $(shell nproc) --dist loadfile
 HANDLER_SOURCES := handlers/build.py $(wildcard handlers/*.c handlers/*.h handlers/*.ld)
 
 help: ## show the targets
@@ -24,14 +26,15 @@ demo: ready-demo handlers/trap.bin build/notes ## switch a command of a small se
 	@$(PYTHON) examples/demo.py
 
 check: lint ## format, lint, types and the quick unit tests: half a minute
-	@$(PYTHON) -m pytest -m 'not slow' tests/unit
+	@$(PYTHON) -m pytest $(PARALLEL) -m 'not slow' tests/unit
 
 ifeq ($(shell id -u),0)
 test: ready-test lint ## everything, with real processes and servers: as root
-	@$(PYTHON) -m pytest tests/unit tests/integration
+	@$(PYTHON) -m pytest $(PARALLEL) -m 'not alone' tests/unit tests/integration
+	@$(PYTHON) -m pytest -m alone tests/integration
 else
 test: lint
-	@$(PYTHON) -m pytest tests/unit || status=$$?; \
+	@$(PYTHON) -m pytest $(PARALLEL) tests/unit || status=$$?; \
 	echo '*** THE INTEGRATION TESTS WERE NOT RUN: they patch processes, which needs root (sudo make test) ***' >&2; \
 	exit $${status:-1}
 endif

@@ -75,7 +75,7 @@ def check_set_is_off(redis: Redis) -> None:
     assert isinstance(redis.command("LPUSH", "list", "x"), int)
 
 
-@pytest.mark.parametrize("way", ["sites", "plan", "name"])
+@pytest.mark.parametrize("way", ["sites", "plan", pytest.param("name", marks=pytest.mark.alone)])
 def test_set_is_switched_off_and_on_again_under_load(redis: Redis, dynacut: Dynacut, tmp_path: Path, way: str) -> None:
     other = Redis()
     with other:
