@@ -6,23 +6,35 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from dynacut.cli import checkpoint, doctor, live, offline, plan, restore, trace
-from dynacut.cli.compare import command as compare
 from dynacut.cli.console import print_error
-from dynacut.cli.trim import command as trim
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 STARTED = time.perf_counter()
-_COMMANDS = (live, offline, trace, plan, checkpoint, restore, compare, trim, doctor)
-"""Each has NAME, HELP, prepare_parser(parser) and run(arguments) -> ExitStatus."""
+_COMMANDS = {
+    "live": "live",
+    "offline": "offline",
+    "trace": "trace",
+    "plan": "plan",
+    "checkpoint": "checkpoint",
+    "restore": "restore",
+    "compare": "compare.command",
+    "trim": "trim.command",
+    "doctor": "doctor",
+}
+"""The commands and their modules in this package: HELP, prepare_parser(parser) and run(arguments) -> ExitStatus.
+
+Only the module of the command that is given is imported; the others, for a list of all, take longer than it does.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(words[:1] if words and words[0] in _COMMANDS else list(_COMMANDS))
+    parsed = parser.parse_args(words)
     try:
         return int(parsed.run(parsed))
     except DynacutError as error:
@@ -38,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(ExitStatus.DONE)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dynacut",
         description="Switch code features of a running Linux process off and on again, without a restart.",
@@ -47,9 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in _COMMANDS:
+    for name in names:
+        command = import_module(f"dynacut.cli.{_COMMANDS[name]}")
         subparser = commands.add_parser(
-            command.NAME,
+            name,
             help=command.HELP,
             description=command.DESCRIPTION,
             epilog=command.EPILOG,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 HANDLER_RESTORER = 0
 """Offset of the signal return trampoline in the blob, for sa_restorer."""
@@ -18,4 +18,4 @@ def handler_code() -> bytes:
     Raises:
         FileNotFoundError: the package was laid out without its build step (handlers/build.py).
     """
-    return (files("dynacut.handlers") / "trap.bin").read_bytes()
+    return Path(__file__).with_name("trap.bin").read_bytes()

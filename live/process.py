@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -87,9 +88,9 @@ class Process:
         """Every file mapped with code, the executable first."""
         return self._modules
 
-    @property
+    @cached_property
     def has_shadow_stack(self) -> bool:
-        """Whether the main thread uses a shadow stack (proc_pid_status(5), x86_Thread_features)."""
+        """Whether the main thread uses a shadow stack (x86_Thread_features in proc_pid_status(5)); set at its start."""
         return task_status(self.pid).shadow_stack
 
     def private_pages(self, mapping: Mapping) -> Sequence[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynacut.handlers.table import (
@@ -23,11 +23,12 @@ from dynacut.handlers.table import (
 )
 from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
+from dynacut.live.ptrace_call import REGISTER_NAMES
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.slack import find_slack
 from dynacut.live.slots import MAX_STUB_SIZE, take_slot
 from dynacut.live.stub import Stub, restoring_tail
-from dynacut.live.tracee import REGISTER_NAMES, NoStopError, ThreadGoneError, Tracee, urgent
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole
 from dynacut.shared.library import LibrarySegment
@@ -45,6 +46,8 @@ _ACTION_SIZE = 32
 _ACTIONS_PER_SHOT = 16
 _SEGMENTS_PER_SHOT = 8
 _STOP_TIMEOUT = 0.5
+_PASSAGE = 0.0003
+"""Seconds in which a thread that is let go usually has run through its stub."""
 _RSEQ_CS_OFFSET = 8
 _MSG_WAITALL = 0x100
 
@@ -282,15 +285,18 @@ class Remote:
         tracee.go_to(slot)
         return True
 
-    def _wait(self, condition: object) -> bool:
-        assert callable(condition)
-        pause = 0.00005
-        while not condition():
+    def _wait(self, condition: Callable[[], bool]) -> bool:
+        """Whether a condition on the process's memory comes true in time."""
+        # Reading its memory takes the lock that its mmap needs. A thread on its way through the stub is not to wait for
+        # whoever wants to know whether it has passed.
+        pause = _PASSAGE
+        while True:
+            time.sleep(pause)
+            if condition():
+                return True
             if time.monotonic() > self.deadline:
                 return False
-            time.sleep(pause)
             pause = min(2 * pause, 0.005)
-        return True
 
 
 def _output(region: Region, number: int, action: KernelAction | None) -> int:

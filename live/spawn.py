@@ -13,7 +13,8 @@ from ptrace.error import PtraceError
 
 from dynacut.live.proc import auxiliary_vector
 from dynacut.live.process import Process
-from dynacut.live.tracee import PTRACE_DETACH, NoStopError, ThreadGoneError, Tracee, prompt_stops
+from dynacut.live.ptrace_call import PTRACE_DETACH
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, prompt_stops
 from dynacut.shared.errors import DynacutError
 
 _AT_ENTRY = 9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
 import os
 import signal
@@ -14,34 +13,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from ptrace.binding.func import ptrace
-from ptrace.binding.linux_struct import user_regs_struct
-from ptrace.error import PtraceError
-
+from dynacut.live import ptrace_call
+from dynacut.live.ptrace_call import (
+    PTRACE_DETACH,
+    PTRACE_EVENT_STOP,
+    PTRACE_GET_RSEQ_CONFIGURATION,
+    PTRACE_GETSIGMASK,
+    PTRACE_INTERRUPT,
+    PTRACE_PEEKSIGINFO,
+    PTRACE_PEEKSIGINFO_SHARED,
+    PTRACE_SEIZE,
+    PTRACE_SETSIGMASK,
+    Registers,
+)
 from dynacut.live.resumption import Resumption, in_syscall, resumption, was_interrupted
 from dynacut.shared.errors import DynacutError
-
-# include/uapi/linux/ptrace.h; python-ptrace knows none of these.
-PTRACE_GETREGS = 12
-PTRACE_SETREGS = 13
-PTRACE_DETACH = 17
-PTRACE_SEIZE = 0x4206
-PTRACE_INTERRUPT = 0x4207
-PTRACE_PEEKSIGINFO = 0x4209
-PTRACE_GETSIGMASK = 0x420A
-PTRACE_SETSIGMASK = 0x420B
-PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
-PTRACE_PEEKSIGINFO_SHARED = 1
-PTRACE_EVENT_STOP = 128
 
 _WALL = 0x40000000
 _PF_EXITING = 0x4  # include/linux/sched.h
 _SIGINFO_SIZE = 128
 _PEEKED = 32
-
-# Everything between stop and detachment counts in microseconds: buffers are made beforehand, registers read at once.
-REGISTER_NAMES = tuple(name for name, _ in user_regs_struct._fields_)
-_REGISTERS = struct.Struct(f"<{len(REGISTER_NAMES)}Q")
 
 
 class _PeekArguments(ctypes.Structure):
@@ -58,10 +49,14 @@ class _RseqConfiguration(ctypes.Structure):
     )
 
 
-_PEEK_OWN = _PeekArguments(0, 0, _PEEKED)
-_PEEK_SHARED = _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED)
+# Everything between stop and detachment counts in microseconds: buffers are made beforehand.
+_PEEKS = (_PeekArguments(0, 0, _PEEKED), _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED))
+_PEEK_ADDRESSES = tuple(map(ctypes.addressof, _PEEKS))
 _RSEQ = _RseqConfiguration()
-_SIGINFOS = (ctypes.c_char * (_SIGINFO_SIZE * _PEEKED))()
+_RSEQ_SIZE, _RSEQ_ADDRESS = ctypes.sizeof(_RSEQ), ctypes.addressof(_RSEQ)
+_SIGINFOS = ctypes.create_string_buffer(_SIGINFO_SIZE * _PEEKED)
+_SIGINFOS_ADDRESS = ctypes.addressof(_SIGINFOS)
+_SIGNAL_NUMBER = struct.Struct("<i")
 
 
 _SPIN_NS = 60_000
@@ -95,17 +90,17 @@ class Tracee:
         """How long the thread was stopped, from the interruption to the detachment."""
         self.registers: dict[str, int] = {}
         """The registers by their names in struct user_regs_struct, once the thread is stopped."""
-        self._raw_registers = user_regs_struct()
+        self._raw_registers = Registers()
         self._mask = ctypes.c_uint64()
         self._interrupted_at = 0
         self._signal = 0
         try:
-            ptrace(PTRACE_SEIZE, tid)
-        except PtraceError as error:
-            if error.errno == errno.ESRCH or _is_ending(tid):
+            ptrace_call.call(PTRACE_SEIZE, tid)
+        except OSError as error:
+            if isinstance(error, ProcessLookupError) or _is_ending(tid):
                 raise ThreadGoneError from None
             raise DynacutError(
-                f"thread {tid} may not be traced: {os.strerror(error.errno)}",
+                f"thread {tid} may not be traced: {error.strerror}",
                 "see whether another debugger or tracer holds it",
             ) from None
 
@@ -186,8 +181,10 @@ class Tracee:
                 raise NoStopError
         else:
             self._signal = os.WSTOPSIG(status)  # about to be delivered: handed on by detach()
-        self._call(PTRACE_GETREGS, 0, ctypes.addressof(self._raw_registers))
-        self.registers = dict(zip(REGISTER_NAMES, _REGISTERS.unpack(self._raw_registers), strict=True))
+        try:
+            self.registers = self._raw_registers.read(self.tid)
+        except ProcessLookupError:
+            raise self._gone() from None
         return True
 
     @property
@@ -208,21 +205,19 @@ class Tracee:
     def pending_signals(self) -> int:
         """The signals that wait for the thread or its process (bit N-1 for N), the one on its way included."""
         pending = 1 << (self._signal - 1) if self._signal else 0
-        for arguments in (_PEEK_OWN, _PEEK_SHARED):
-            count = self._call(PTRACE_PEEKSIGINFO, ctypes.addressof(arguments), ctypes.addressof(_SIGINFOS))
+        for arguments in _PEEK_ADDRESSES:
+            count = self._call(PTRACE_PEEKSIGINFO, arguments, _SIGINFOS_ADDRESS)
             for start in range(0, count * _SIGINFO_SIZE, _SIGINFO_SIZE):
-                number = int.from_bytes(_SIGINFOS.raw[start : start + 4], "little")
-                pending |= 1 << (number - 1)
+                pending |= 1 << (_SIGNAL_NUMBER.unpack_from(_SIGINFOS, start)[0] - 1)
         return pending
 
     def rseq_area(self) -> int:
         """The address of the thread's struct rseq (rseq(2)); 0 if it has none or the kernel does not tell."""
-        configuration = _RSEQ
         try:
-            self._call(PTRACE_GET_RSEQ_CONFIGURATION, ctypes.sizeof(configuration), ctypes.addressof(configuration))
+            self._call(PTRACE_GET_RSEQ_CONFIGURATION, _RSEQ_SIZE, _RSEQ_ADDRESS)
         except OSError:
             return 0
-        return int(configuration.pointer)
+        return int(_RSEQ.pointer)
 
     @property
     def in_syscall(self) -> bool:
@@ -233,11 +228,12 @@ class Tracee:
         """Where and how the thread has to go on as if it had not been stopped."""
         return resumption(self.registers)
 
-    def go_to(self, rip: int) -> None:
-        """Lets the thread go on at another address after detach(), all other registers as they are."""
-        self._raw_registers.rip = rip
-        self._raw_registers.orig_rax = -1  # or the kernel would restart a system call there
-        self._call(PTRACE_SETREGS, 0, ctypes.addressof(self._raw_registers))
+    def go_to(self, rip: int, rax: int | None = None) -> None:
+        """Lets the thread go on at another address after detach(), with all other registers as they are but rax."""
+        try:
+            self._raw_registers.send(self.tid, rip, rax)
+        except ProcessLookupError:
+            raise self._gone() from None
 
     def conceal(self) -> None:
         """Makes a system call that fails with EINTR after any stop start again, unless a signal is why it fails."""
@@ -245,8 +241,7 @@ class Tracee:
             return
         again = self.resumption()
         if again.restarts and not self.pending_signals() & ~self.blocked_signals():
-            self._raw_registers.rax = again.rax
-            self.go_to(again.rip)
+            self.go_to(again.rip, again.rax)
 
     def detach(self) -> None:
         """Lets the thread go."""
@@ -259,12 +254,13 @@ class Tracee:
 
     def _call(self, request: int, address: int = 0, data: int = 0) -> int:
         try:
-            return int(ptrace(request, self.tid, address, data))
-        except PtraceError as error:
-            if error.errno == errno.ESRCH:
-                self.stopped = self._seized = False
-                raise ThreadGoneError from None
-            raise OSError(error.errno, os.strerror(error.errno)) from None
+            return ptrace_call.call(request, self.tid, address, data)
+        except ProcessLookupError:
+            raise self._gone() from None
+
+    def _gone(self) -> ThreadGoneError:
+        self.stopped = self._seized = False
+        return ThreadGoneError()
 
 
 def wait_for_stops(seconds: float) -> None:
@@ -352,15 +348,35 @@ def urgent() -> Iterator[None]:
 
 
 @contextmanager
+def _processors_awake() -> Iterator[None]:
+    """Processors that have nothing to do wait awake, where root may say so.
+
+    A processor falls asleep when the thread that it ran is stopped. To wake it takes longer than the stop itself: on
+    hardware the exit latency of an idle state, on a virtual machine a turn of the host's scheduler. The request lasts
+    as long as the file is open (Documentation/power/pm_qos_interface.rst).
+    """
+    file = -1
+    with suppress(OSError):
+        file = os.open("/dev/cpu_dma_latency", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(file, struct.pack("i", 0))
+    try:
+        yield
+    finally:
+        if file >= 0:
+            os.close(file)
+
+
+@contextmanager
 def prompt_stops() -> Iterator[None]:
     """For a series of stops: SIGCHLD is blocked, so that a stop can be waited for instead of polled, no garbage is
-    collected meanwhile, and threads that stopped too late are let go at the end."""
+    collected meanwhile, processors stay awake, and threads that stopped too late are let go at the end."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     collecting = gc.isenabled()
     gc.disable()
     try:
-        release_late(_LATE_TIMEOUT)
-        yield
+        with _processors_awake():
+            release_late(_LATE_TIMEOUT)
+            yield
     finally:
         release_late(5 * _LATE_TIMEOUT)
         if collecting:

@@ -1,0 +1,79 @@
+"""ptrace(2) as quickly as Python can call it: while a thread is stopped, every microsecond counts.
+
+python-ptrace, which starts programs under trace (spawn.py), is not used between stop and detachment: its call converts
+and checks more than is needed here. Importing it, moreover, takes a tenth of a whole command, as it runs ldconfig to
+find the C library that Python has loaded already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+# include/uapi/linux/ptrace.h
+PTRACE_GETREGS = 12
+PTRACE_SETREGS = 13
+PTRACE_DETACH = 17
+PTRACE_SEIZE = 0x4206
+PTRACE_INTERRUPT = 0x4207
+PTRACE_PEEKSIGINFO = 0x4209
+PTRACE_GETSIGMASK = 0x420A
+PTRACE_SETSIGMASK = 0x420B
+PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
+PTRACE_PEEKSIGINFO_SHARED = 1
+PTRACE_EVENT_STOP = 128
+
+# fmt: off
+REGISTER_NAMES = (
+    "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi",
+    "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs",
+)
+# fmt: on
+"""The fields of struct user_regs_struct (arch/x86/include/asm/user_64.h), 8 bytes each."""
+_REGISTERS = struct.Struct(f"<{len(REGISTER_NAMES)}Q")
+_RAX, _ORIG_RAX, _RIP = (8 * REGISTER_NAMES.index(name) for name in ("rax", "orig_rax", "rip"))
+_WORD = struct.Struct("<Q")
+_NO_SYSCALL = (1 << 64) - 1
+
+# PyDLL keeps the interpreter's lock, which a call that does not wait need not give back.
+_ptrace = ctypes.PyDLL(None, use_errno=True).ptrace
+_ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+_ptrace.restype = ctypes.c_long
+
+
+def call(request: int, tid: int, address: int = 0, data: int = 0) -> int:
+    """One request to the kernel; requests that give their result in memory take its address in data.
+
+    Raises:
+        OSError: as ptrace(2) says; ESRCH: the thread is gone, or not stopped.
+    """
+    result: int = _ptrace(request, tid, address, data)
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+class Registers:
+    """A buffer for a thread's general registers (struct user_regs_struct)."""
+
+    def __init__(self) -> None:
+        self._raw = ctypes.create_string_buffer(_REGISTERS.size)
+        self._address = ctypes.addressof(self._raw)
+
+    def read(self, tid: int) -> dict[str, int]:
+        """A stopped thread's registers by their names, unsigned."""
+        call(PTRACE_GETREGS, tid, 0, self._address)
+        return dict(zip(REGISTER_NAMES, _REGISTERS.unpack(self._raw), strict=True))
+
+    def send(self, tid: int, rip: int, rax: int | None = None) -> None:
+        """Gives a thread another rip, and rax if that is given; all other registers are those that were read.
+
+        Without a system call, as far as the kernel knows: or it would start one again there.
+        """
+        _WORD.pack_into(self._raw, _RIP, rip)
+        _WORD.pack_into(self._raw, _ORIG_RAX, _NO_SYSCALL)
+        if rax is not None:
+            _WORD.pack_into(self._raw, _RAX, rax)
+        call(PTRACE_SETREGS, tid, 0, self._address)
