@@ -18,13 +18,19 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(_ROOT)
 
-from bench import hit, redis_command, stop, trace  # noqa: E402
+from bench import checkpoint, hit, redis_command, stop, trace  # noqa: E402
 from bench.figures import Claim, Table  # noqa: E402
 from bench.machine import describe, take_cores  # noqa: E402
 from bench.programs import BenchmarkError  # noqa: E402
 
 SCHEMA = 1
-BENCHMARKS = {"stop": stop.run, "redis": redis_command.run, "hit": hit.run, "trace": trace.run}
+BENCHMARKS = {
+    "stop": stop.run,
+    "redis": redis_command.run,
+    "hit": hit.run,
+    "trace": trace.run,
+    "checkpoint": checkpoint.run,
+}
 
 
 def main() -> int:

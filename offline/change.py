@@ -9,7 +9,7 @@ from pathlib import Path
 from dynacut.handlers.table import Table
 from dynacut.offline import patcher
 from dynacut.offline.criu_options import RECORD_NAME, Record
-from dynacut.offline.image_tasks import read_tasks
+from dynacut.offline.image_tasks import read_options
 from dynacut.offline.images.image import Image
 from dynacut.offline.images.process import ImageProcess
 from dynacut.offline.layer import Written, write_image
@@ -76,7 +76,7 @@ def change(
 
 def _record(original: Path) -> bytes:
     """What `dynacut restore` is told of the new image."""
-    return Record(read_tasks(original).record.options, original=str(original.absolute())).packed()
+    return Record(read_options(original), original=str(original.absolute())).packed()
 
 
 def _chosen(image: Image, pids: Sequence[int]) -> list[ImageProcess]:

@@ -59,6 +59,15 @@ def read_tasks(directory: Path) -> ImageTasks:
     return ImageTasks(pids, tids, size, record)
 
 
+def read_options(directory: Path) -> CriuOptions:
+    """The options of an image that is known to hold together, as for read_tasks()."""
+    record = read_record(directory)
+    if record is not None:
+        return record.options
+    with ImageFolder(directory) as folder:
+        return _options_of(folder, folder.parse("pstree.img", _PSTREE_MAGIC, PstreeEntry)[0])
+
+
 def _checked_pages(folder: ImageFolder) -> int:
     size = 0
     for name in folder.names():

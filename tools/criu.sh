@@ -4,8 +4,10 @@
 #   tools/criu.sh            builds build/criu/criu where no CRIU works yet; needs root and what `missing` prints
 #   tools/criu.sh works      exits with 0 if a CRIU works already
 #   tools/criu.sh missing    prints the Debian packages that the build lacks
+#   tools/criu.sh crit       puts crit, CRIU's tool that turns images into JSON, into build/criu/crit: tests and benchmarks
+#                            compare with it; needs what `missing crit` prints
 #
-# `make criu` calls it through tools/setup.sh, which installs those packages.
+# `make criu` and `make test` call it through tools/setup.sh, which installs those packages.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -33,13 +35,18 @@ find_good() {
 
 has_header() { [ -e "/usr/include/$1" ] || [ -e "/usr/include/$(uname -m)-linux-gnu/$1" ]; }
 
+missing_for_crit() {
+	has protoc || echo protobuf-compiler
+	has xz || echo xz-utils
+	has_header google/protobuf/descriptor.proto || echo libprotobuf-dev
+}
+
 missing() {
+	missing_for_crit
 	has "${CC:-gcc}" || has gcc || echo gcc
 	has make || echo make
 	has pkg-config || echo pkgconf
-	has protoc || echo protobuf-compiler
 	has protoc-c || echo protobuf-c-compiler
-	has xz || echo xz-utils
 	has_header bsd/string.h || echo libbsd-dev
 	has_header sys/capability.h || echo libcap-dev
 	has_header gnutls/gnutls.h || echo libgnutls28-dev
@@ -47,7 +54,6 @@ missing() {
 	has_header nftables/libnftables.h || echo libnftables-dev
 	has_header libnl3/netlink/netlink.h || echo libnl-3-dev
 	has_header protobuf-c/protobuf-c.h || echo libprotobuf-c-dev
-	has_header google/protobuf/descriptor.proto || echo libprotobuf-dev
 	has_header uuid/uuid.h || echo uuid-dev
 }
 
@@ -75,16 +81,44 @@ download() {
 		(cd "$folder" && apt-get "$@" source --download-only --tar-only criu </dev/null)
 }
 
-build() {
+unpack() {
 	rm -rf "$folder/source"
 	mkdir "$folder/source"
-	tar -xf "$1" --strip-components=1 -C "$folder/source"
+	tar -xf "$folder"/criu_*.orig.tar.* --strip-components=1 -C "$folder/source"
+}
+
+tidy() { rm -rf "$folder/source" "$folder/apt" "$folder"/criu_*; }
+
+has_crit() { [ -e "$folder/crit/crit/__main__.py" ]; }
+
+# What CRIU's own makefiles do for crit and the module pycriu that it uses, without a need for CRIU's libraries.
+keep_crit() {
+	source=$folder/source
+	new=$folder/crit.new
+	images=$new/pycriu/images
+	rm -rf "$new" "$folder/crit"
+	mkdir "$new" &&
+		cp -R "$source/lib/pycriu" "$source/crit/crit" "$new" &&
+		protoc -I "$source/images" -I /usr/include --python_out="$images" "$source"/images/*.proto &&
+		mv "$images/rpc_pb2.py" "$new/pycriu" &&
+		python3 "$source/scripts/magic-gen.py" "$source/criu/include/magic.h" "$images/magic.py" &&
+		for module in "$images"/*_pb2.py; do
+			module=$(basename "$module" .py)
+			[ "$module" = opts_pb2 ] || echo "from .$module import *"
+		done >"$images/pb.py" &&
+		echo "__version__ = 'source'" >"$new/pycriu/version.py" &&
+		cp "$new/pycriu/version.py" "$new/crit" &&
+		mv "$new" "$folder/crit"
+}
+
+build() {
 	# The flags of the make that called this are not for CRIU's.
 	unset MAKEFLAGS MFLAGS MAKELEVEL
 	make -C "$folder/source" -j"$(nproc)" WERROR=0 criu </dev/null
 }
 
-case ${1:-} in
+wanted=criu
+case "$*" in
 '') ;;
 works)
 	find_good >/dev/null
@@ -94,8 +128,16 @@ missing)
 	missing
 	exit
 	;;
+crit)
+	wanted=crit
+	if has_crit; then exit 0; fi
+	;;
+'missing crit')
+	if ! has_crit; then missing_for_crit; fi
+	exit
+	;;
 *)
-	echo "usage: tools/criu.sh [works|missing]" >&2
+	echo "usage: tools/criu.sh [works | missing [crit] | crit]" >&2
 	exit 2
 	;;
 esac
@@ -104,23 +146,31 @@ if [ "$(id -u)" -ne 0 ]; then
 	say "whether CRIU works can only be seen as root: run this by sudo"
 	exit 1
 fi
-if good=$(find_good); then
+if [ "$wanted" = criu ] && good=$(find_good); then
 	say "$(command -v "$good") works on this kernel"
 	exit 0
 fi
 if ! has apt-get || ! mirror=$(find_mirror) || [ -z "$mirror" ]; then
-	say "no CRIU works on this kernel, and there is no Debian mirror in apt's configuration to get a newer one from"
+	say "there is no Debian mirror in apt's configuration to get a $wanted from that works on this kernel"
 	say "build CRIU 4.1 or newer, and put it into PATH or name it by DYNACUT_CRIU"
 	exit 1
 fi
 mkdir -p "$folder"
 for suite in $suites; do
-	say "building CRIU from Debian $suite"
-	if ! download "$suite" >"$folder/log" 2>&1; then
+	say "building $wanted from Debian $suite"
+	if ! { download "$suite" && unpack; } >"$folder/log" 2>&1; then
 		say "its source cannot be had from Debian $suite: $(tail -n 1 "$folder/log")"
 		continue
 	fi
-	if ! build "$folder"/criu_*.orig.tar.* >>"$folder/log" 2>&1; then
+	if ! has_crit && ! keep_crit >>"$folder/log" 2>&1; then
+		say "crit cannot be built: $(tail -n 1 "$folder/log")"
+	fi
+	if [ "$wanted" = crit ]; then
+		tidy
+		if has_crit; then exit 0; fi
+		continue
+	fi
+	if ! build >>"$folder/log" 2>&1; then
 		tail -n 20 "$folder/log" >&2
 		say "it cannot be built, see above and $folder/log"
 		continue
@@ -131,9 +181,10 @@ for suite in $suites; do
 		continue
 	fi
 	mv -f "$folder/source/criu/criu" "$folder/criu"
-	rm -rf "$folder/source" "$folder/apt" "$folder"/criu_*
+	tidy
 	say "$folder/criu works on this kernel"
 	exit 0
 done
+[ "$wanted" = criu ] || exit 1
 say "no CRIU could be made to work: checkpoint, restore and trim will refuse"
 exit 1
