@@ -39,7 +39,7 @@ test: lint
 	exit $${status:-1}
 endif
 
-fuzz: ready-check handlers/trap.bin ## try 100,000 mutated images: half an hour
+fuzz: ready-check handlers/trap.bin ## try 100,000 mutated images: a quarter of an hour
 	@$(PYTHON) tests/fuzz_images.py --count 100000
 
 bench: ready-test handlers/trap.bin ## measure dynacut beside its peers: as root

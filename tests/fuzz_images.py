@@ -40,7 +40,9 @@ from dynacut.shared.target import Target
 def main() -> int:
     """Tries them, prints the figures."""
     arguments = _arguments()
-    with TemporaryDirectory(prefix="dynacut-fuzz-", dir=arguments.folder) as name:
+    shared = Path("/dev/shm")  # in memory where that is possible: much is written
+    place = arguments.folder or (shared if shared.is_dir() else None)
+    with TemporaryDirectory(prefix="dynacut-fuzz-", dir=place) as name:
         folder = Path(name)
         plan = _plan(arguments.disable)
         seeds = [Seed.of(path, plan) for path in _seed_images(folder, arguments.seed_image, plan)]
@@ -72,7 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed-image", type=Path, metavar="DIR", help="mutate this image instead of built ones")
     parser.add_argument("--disable", nargs="+", default=["alpha"], metavar="SITE", help="what is disabled in them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where mutants are made (default: the system's)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where mutants are made (default: /dev/shm)")
     return parser.parse_args()
 
 
