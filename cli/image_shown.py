@@ -30,21 +30,22 @@ def print_image(image: Image, *, thorough: bool) -> None:
     if not thorough:
         return
     for process in image.processes:
+        print(f"process {process.pid} ({printable(process.name)})")
         document = _process_document(process)
         threads = [
             [str(thread["tid"]), thread["rip"], thread["rsp"], thread["blocked"]] for thread in document["threads"]
         ]
-        print_table(f"threads of {process.pid}", ["thread", "rip", "rsp", "blocked"], threads, right=frozenset({0}))
+        print_table("threads", ["thread", "rip", "rsp", "blocked"], threads, right=frozenset({0}))
         vmas = [
             [vma["start"], vma["end"], vma["protection"], str(vma["pages"]), str(vma["dumped"]), vma["path"]]
             for vma in document["vmas"]
         ]
         columns = ["start", "end", "protection", "pages", "dumped", "what"]
-        print_table(f"memory of {process.pid}", columns, vmas, right=frozenset({3, 4}))
+        print_table("memory", columns, vmas, right=frozenset({3, 4}))
         actions = [
             [action["signal"], action["handler"], action["flags"], action["mask"]] for action in document["actions"]
         ]
-        print_table(f"signal handlers of {process.pid}", ["signal", "handler", "flags", "mask"], actions)
+        print_table("signal handlers", ["signal", "handler", "flags", "mask"], actions)
 
 
 def image_document(image: Image, processes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,12 +93,12 @@ def _ranges(process: ImageProcess) -> list[dict[str, Any]]:
             "start": mapping.start,
             "end": mapping.end,
             "protection": "".join(
-                letter if allowed else "-"
-                for letter, allowed in (
-                    ("r", mapping.readable),
-                    ("w", mapping.writable),
-                    ("x", mapping.executable),
-                    ("p", mapping.private),
+                letter if allowed else other
+                for letter, other, allowed in (
+                    ("r", "-", mapping.readable),
+                    ("w", "-", mapping.writable),
+                    ("x", "-", mapping.executable),
+                    ("p", "s", mapping.private),
                 )
             ),
             "pages": mapping.size // PAGE_SIZE,

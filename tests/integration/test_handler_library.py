@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,6 +165,21 @@ def test_a_checkpointed_program_skips_every_trap_when_it_is_restored(
         assert again["handler"] == report["handler"]
         assert Path(f"/proc/{target.pid}/maps").read_text() == before
         target.walks(3)
+
+
+def test_the_example_prints_what_the_program_never_could() -> None:
+    """examples/skip_traps.sh, as the guide says to run it."""
+    environment = os.environ | {"DYNACUT": str(Path(sys.executable).parent / "dynacut")}
+    script = EXAMPLE.with_suffix(".sh")
+    done = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout.splitlines()
+    expected = ["waiting"]
+    for number in (1, 2, 3):
+        expected += [f"to trap {number}", f"signal 5: trap {number} skipped, 1 bytes"]
+        expected += [f"behind trap {number}, never printed"]
+    assert output[output.index("waiting") :] == [*expected, "done"]
+    assert any("at 0x123450000000" in line for line in output)
 
 
 def test_both_backends_make_the_same_memory_of_a_library(skipping: Path, tmp_path: Path, dynacut: Dynacut) -> None:

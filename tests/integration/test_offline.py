@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from dynacut.shared.region import find_region
 from dynacut.shared.target import Target
 
 from .conftest import Dynacut
+from .load import Load
 from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError, Server, is_gone, wait_until
 from .test_live_redis import SET_TO_ERROR, check_set_is_off, set_plan
 
@@ -93,6 +95,36 @@ def test_a_layer_is_dropped_or_undone(redis: Redis, dynacut: Dynacut, tmp_path: 
         report = dynacut.json("live", "--pid", redis.pid)
         assert [feature["name"] for feature in report["features"]] == off
         end([redis.pid])
+
+
+def test_under_load_no_reply_is_lost_and_the_undo_is_flat(redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:
+    """Twice through a checkpoint with requests in flight: off by a layer, on again by a flat copy."""
+    plan = set_plan(tmp_path / "set.toml")
+    connections = iter([redis.connect() for _ in range(3)])
+
+    def increments() -> Callable[[], object]:
+        connection = next(connections)
+        return lambda: connection.command("INCR", "counter")
+
+    def through(number: int, *what: str | Path) -> None:
+        image, changed = tmp_path / f"image-{number}", tmp_path / f"changed-{number}"
+        load.wait_for(200)
+        checkpointed(redis, dynacut, image)
+        dynacut.json("offline", image, *what, "-o", changed)
+        dynacut.json("restore", changed)
+        load.wait_for(200)
+
+    with redis.connect() as client, Load.each(increments, threads=3) as load:
+        assert client.command("SET", "key", "old") == "OK"
+        through(1, "--plan", plan)
+        assert isinstance(client.command("SET", "key", "new"), RedisError)
+        assert client.command("GET", "key") == "old"
+        through(2, "--undo", "--flat")
+        assert not (tmp_path / "changed-2" / "parent").exists()
+        assert client.command("SET", "key", "new") == "OK"
+        load.stop()
+        assert (load.failures, load.first) == (0, "")
+        assert client.command("GET", "counter") == str(load.count)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
