@@ -14,7 +14,6 @@ from dynacut.shared.report import SCHEMA
 if TYPE_CHECKING:
     from dynacut.offline.checkpoint import Checkpoint
 
-NAME = "checkpoint"
 HELP = "dump a process with its descendants into a directory (CRIU)"
 DESCRIPTION = (
     "Dump a process with its descendants into a new directory, by CRIU. The options that CRIU needs are found by "

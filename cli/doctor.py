@@ -8,7 +8,6 @@ from dynacut.cli.console import print_json, print_table
 from dynacut.shared.errors import ExitStatus, printable
 from dynacut.shared.report import SCHEMA
 
-NAME = "doctor"
 HELP = "what works on this machine, and how to mend what does not"
 DESCRIPTION = (
     "Try out what dynacut needs: the kernel, permissions, CRIU, gdb, the compiler. For each piece that is missing, say "

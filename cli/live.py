@@ -18,7 +18,6 @@ from dynacut.shared.report import SCHEMA, merged_features
 if TYPE_CHECKING:
     from dynacut.live.change import Outcome
 
-NAME = "live"
 HELP = "switch features of a running process off and on again"
 DESCRIPTION = "Switch features of a running process off and on again; without a change to make, show what is in force."
 EPILOG = """examples:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dynacut.offline.change import Outcome
     from dynacut.offline.images.image import Image
 
-NAME = "offline"
 HELP = "the same in a CRIU image, written as a thin layer over it"
 DESCRIPTION = (
     "Switch features of the processes in a CRIU image off and on again; without a change to make, show what is in it. "

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dynacut.live.trial import Trial
     from dynacut.shared.suggest import Difference, Suggestion
 
-NAME = "plan"
 HELP = "find the blocks of a feature and a way to switch it off, or start-up code"
 DESCRIPTION = (
     "Find what only unwanted requests execute, and a redirect from there into the program's own error path. With "

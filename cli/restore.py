@@ -15,7 +15,6 @@ from dynacut.shared.report import SCHEMA
 if TYPE_CHECKING:
     from dynacut.offline.restore import Restored
 
-NAME = "restore"
 HELP = "let the processes of a checkpoint run again (CRIU)"
 DESCRIPTION = (
     "Let the processes of a checkpoint run again, with the pids they had, by CRIU. When an image that was rewritten "

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from dynacut.shared.coverage import Coverage
     from dynacut.shared.target import Module
 
-NAME = "trace"
 HELP = "collect block coverage of a running process (drcov)"
 DESCRIPTION = (
     "Collect block coverage of a running process, or of a program from its start, as drcov logs. A phase (start-up, "

@@ -12,7 +12,7 @@ from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
 from dynacut.live.patcher import locked
 from dynacut.live.process import Process
-from dynacut.live.remote import StopClock
+from dynacut.live.stop_clock import StopClock
 from dynacut.live.trace import stop_trace
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError, ExitStatus

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dynacut.handlers.table import Table
 from dynacut.live.process import Process
-from dynacut.live.remote import StopClock
+from dynacut.live.stop_clock import StopClock
 from dynacut.shared.patch_set import PatchSet
 
 

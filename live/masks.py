@@ -16,14 +16,16 @@ from dynacut.handlers.table import KernelAction, Repair, RepairKind, Table
 from dynacut.live.proc import blocked_in, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.refusal import NeedsCheckpointError
-from dynacut.live.remote import Remote, StopClock
+from dynacut.live.remote import Remote
 from dynacut.live.slots import write_all
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
+from dynacut.live.stop_clock import StopClock
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.urgency import urgent
+from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.region import Region
 from dynacut.shared.target import SIGTRAP
 
-SIGTRAP_BIT = 1 << (SIGTRAP - 1)
 _PASSING = 0.03
 """Seconds after which a mask that blocks SIGTRAP is taken to be meant: glibc blocks all signals while it makes a
 thread, and a signal handler's mask goes when it returns."""

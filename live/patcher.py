@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -29,14 +29,16 @@ from dynacut.handlers.table import (
     Write,
 )
 from dynacut.live import masks
-from dynacut.live.proc import blocked_in, task_status, thread_ids
+from dynacut.live.passage import all_seen_outside
+from dynacut.live.proc import task_status
 from dynacut.live.process import Process, gone
 from dynacut.live.refusal import NeedsCheckpointError
-from dynacut.live.remote import Remote, StopClock
+from dynacut.live.remote import Remote
 from dynacut.live.slots import retire, write_all
-from dynacut.live.tracee import each_stopped, prompt_stops
+from dynacut.live.stop_clock import StopClock
+from dynacut.live.tracee import prompt_stops
 from dynacut.live.window import write_in_window
-from dynacut.shared.apply import check_written
+from dynacut.shared.apply import SIGTRAP_BIT, check_written
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
@@ -44,7 +46,7 @@ from dynacut.shared.region import Region, find_region, is_our_handler, new_table
 from dynacut.shared.target import SIGTRAP
 
 _INT3 = 0xCC
-_LOOK_PAUSE = 0.001
+_HANDLER_STAYS = "all bytes are put back, the handler is still installed; run --undo again"
 
 
 def _not_seen(process: Process) -> DynacutError:
@@ -57,7 +59,7 @@ def _not_seen(process: Process) -> DynacutError:
 def _stays(process: Process) -> DynacutError:
     return DynacutError(
         f"a thread of {process.label} stays in the handler",
-        "all bytes are put back, the handler is still installed; run --undo again",
+        _HANDLER_STAYS,
         status=ExitStatus.CHECK_FAILED,
     )
 
@@ -176,10 +178,11 @@ class Patcher:
             write_all(process, region, [Write(OBSERVED_OFFSET, ours.pack())])
             # A fork copies the signal actions before the memory (copy_process in kernel/fork.c): a child of one that
             # began before this must not get an int3 without the handler.
-            self._see_threads(region, _not_seen)
+            if not all_seen_outside(process, region, self.clock, self._deadline):
+                raise _not_seen(process)
         repairs = masks.unmask_handlers(process, region, table, remote, actions)
         masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock, self._deadline)
-        if not task_status(process.pid).caught & masks.SIGTRAP_BIT:
+        if not task_status(process.pid).caught & SIGTRAP_BIT:
             raise DynacutError(
                 f"{process.label} does not catch SIGTRAP although the handler was installed",
                 "it may set signal actions itself at this moment; try again",
@@ -196,13 +199,21 @@ class Patcher:
         self._fill(patches)
         self._write(patches.edits)
         found = find_region(self.process, self.magic)
-        if found is not None and found.table is not None:
+        if found is None or found.table is None:
+            return
+        try:
             self._remove(found.region, found.table)
+        except DynacutError as error:
+            if error.status is ExitStatus.REFUSED:  # what was refused is a part; the bytes are changed
+                error.status = ExitStatus.CHECK_FAILED
+                error.details = (*error.details, _HANDLER_STAYS)
+            raise
 
     def _remove(self, region: Region, table: Table) -> None:
         """Takes the handler out of force and empties its table; the sites' bytes are back already."""
         process, remote = self.process, self._remote
-        self._see_threads(region, _stays)
+        if not all_seen_outside(process, region, self.clock, self._deadline):
+            raise _stays(process)
         actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masks.masked_signals(table)]))
         changed: dict[int, KernelAction] = {}
         if is_our_handler(process, actions.pop(SIGTRAP).handler, self.magic):
@@ -233,49 +244,6 @@ class Patcher:
                 self._remove(found.region, found.table)
         except DynacutError:
             error.status = ExitStatus.UNKNOWN
-
-    def _see_threads(self, region: Region, otherwise: Callable[[Process], DynacutError]) -> None:
-        """Returns when every thread has been seen once outside of the handler, and of all but a wait in the kernel.
-
-        After the int3 bytes have gone, none can be on its way into the handler any more: a thread that has run into one
-        gets its SIGTRAP before it returns from the kernel, and is seen with it pending. otherwise: makes the error if a
-        thread is not seen so in time.
-        """
-        pid = self.process.pid
-        clean: set[int] = set()
-        while True:
-            try:
-                unseen = [tid for tid in thread_ids(pid) if tid not in clean]
-            except OSError:
-                raise gone(pid) from None
-            if not unseen:
-                return
-            waiting = {tid for tid in unseen if self._waits_outside(tid, region)}
-            clean |= waiting
-            left = max(0.0, self._deadline - time.monotonic())
-            for tracee in each_stopped([tid for tid in unseen if tid not in waiting], left):
-                in_handler = region.contains_code(tracee.registers["rip"])
-                if not in_handler and not tracee.pending_signals() & masks.SIGTRAP_BIT:
-                    clean.add(tracee.tid)
-                self.clock.add(tracee.stopped_ns)
-            if any(tid not in clean for tid in unseen):
-                time.sleep(_LOOK_PAUSE)  # or a thread in the handler would be stopped again before it gets on
-            if time.monotonic() > self._deadline:
-                raise otherwise(self.process)
-
-    def _waits_outside(self, tid: int, region: Region) -> bool:
-        """Whether a thread sleeps in a system call of the program's own, and so is on no way to the handler."""
-        pid = self.process.pid
-        try:
-            waits = blocked_in(pid, tid)
-            status = task_status(pid, tid)
-        except OSError:
-            return True  # it ended
-        if status.state in "DZX":
-            return True  # uninterruptible, as a vfork parent: in a system call, not in an exception
-        return (
-            waits is not None and not region.contains_code(waits.rip) and not status.thread_pending & masks.SIGTRAP_BIT
-        )
 
     def _write(self, edits: Sequence[ByteEdit], frames: SignalFrames = NO_FRAMES) -> None:
         """Writes edits: int3 bytes, there or back, while the process runs; the rest with its threads stopped."""

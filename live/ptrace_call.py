@@ -32,9 +32,8 @@ REGISTER_NAMES = (
 # fmt: on
 """The fields of struct user_regs_struct (arch/x86/include/asm/user_64.h), 8 bytes each."""
 _REGISTERS = struct.Struct(f"<{len(REGISTER_NAMES)}Q")
-_RAX, _ORIG_RAX, _RIP = (8 * REGISTER_NAMES.index(name) for name in ("rax", "orig_rax", "rip"))
+_OFFSETS = {name: 8 * index for index, name in enumerate(REGISTER_NAMES)}
 _WORD = struct.Struct("<Q")
-_NO_SYSCALL = (1 << 64) - 1
 
 # PyDLL keeps the interpreter's lock, which a call that does not wait need not give back.
 _ptrace = ctypes.PyDLL(None, use_errno=True).ptrace
@@ -67,13 +66,8 @@ class Registers:
         call(PTRACE_GETREGS, tid, 0, self._address)
         return dict(zip(REGISTER_NAMES, _REGISTERS.unpack(self._raw), strict=True))
 
-    def send(self, tid: int, rip: int, rax: int | None = None) -> None:
-        """Gives a thread another rip, and rax if that is given; all other registers are those that were read.
-
-        Without a system call, as far as the kernel knows: or it would start one again there.
-        """
-        _WORD.pack_into(self._raw, _RIP, rip)
-        _WORD.pack_into(self._raw, _ORIG_RAX, _NO_SYSCALL)
-        if rax is not None:
-            _WORD.pack_into(self._raw, _RAX, rax)
+    def write(self, tid: int, **changed: int) -> None:
+        """Gives a thread the registers that were read, but for those given here, unsigned."""
+        for name, value in changed.items():
+            _WORD.pack_into(self._raw, _OFFSETS[name], value)
         call(PTRACE_SETREGS, tid, 0, self._address)

@@ -7,10 +7,10 @@ end: the registers are restored by the thread itself.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from dynacut.handlers.table import (
     CODE_SIZE,
@@ -21,14 +21,17 @@ from dynacut.handlers.table import (
     KernelAction,
     Layout,
 )
+from dynacut.live.passage import all_seen_outside
 from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace_call import REGISTER_NAMES
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.slack import find_slack
 from dynacut.live.slots import MAX_STUB_SIZE, take_slot
-from dynacut.live.stub import Stub, restoring_tail
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
+from dynacut.live.stop_clock import StopClock
+from dynacut.live.stub import Stub, restarting_stub, restoring_tail
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.urgency import urgent
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole
 from dynacut.shared.library import LibrarySegment
@@ -48,7 +51,10 @@ _SEGMENTS_PER_SHOT = 8
 _STOP_TIMEOUT = 0.5
 _PASSAGE = 0.0003
 """Seconds in which a thread that is let go usually has run through its stub."""
+_LEAVING = 1.0
+"""Seconds in which each thread is seen outside of the stubs, where that is needed."""
 _RSEQ_CS_OFFSET = 8
+_FAILED_WITH_EINTR = (1 << 64) - errno.EINTR
 _MSG_WAITALL = 0x100
 
 # System calls that programs wait in, and that go on unnoticed after a stop: read, poll, select, nanosleep, pause,
@@ -59,21 +65,6 @@ _WAITING = frozenset(
     {0, 7, 23, 34, 35, 43, 45, 47, 61, 65, 70, 72, 73}
     | {128, 130, 202, 208, 219, 220, 230, 232, 243, 247, 270, 271, 281, 288, 441}
 )
-
-
-@dataclass
-class StopClock:
-    """How long threads were stopped: the sum over all stops, and the longest one, in nanoseconds."""
-
-    total_ns: int = 0
-    longest_ns: int = 0
-    stops: int = 0
-
-    def add(self, stopped_ns: int) -> None:
-        """Counts one stop."""
-        self.total_ns += stopped_ns
-        self.longest_ns = max(self.longest_ns, stopped_ns)
-        self.stops += 1
 
 
 class Remote:
@@ -225,12 +216,16 @@ class Remote:
 
     def _run(self, stub: Stub, region: Region) -> bool:
         """Sends one thread through a stub in the region; whether it came to the stub's end, and that in time."""
-        slot = take_slot(self._process, region)
+        slot = take_slot(self._process, region, lambda: self._none_inside(region))
         done = slot.done
         assert done is not None
         stub.set_byte(done)
         self._shoot(stub, slot.address)
         return self._wait(lambda: self._process.read(done, 1) == b"\1")
+
+    def _none_inside(self, region: Region) -> bool:
+        deadline = min(self.deadline, time.monotonic() + _LEAVING)
+        return all_seen_outside(self._process, region, self._clock, deadline)
 
     def _shoot(self, stub: Stub, slot: int) -> None:
         """Sends one thread through a stub at a slot; returns when it has been let go, not when it has run."""
@@ -240,7 +235,7 @@ class Remote:
         # A rehearsal of what is done while a thread is stopped: the first write to a page copies it, and the first run
         # of code finds cold caches. Nobody is sent to the slot before it is written anew.
         for _ in range(2):
-            process.write(slot, stub.body() + restoring_tail(dict.fromkeys(REGISTER_NAMES, 0), 0, 0))
+            process.write(slot, restarting_stub(stub.body(), dict.fromkeys(REGISTER_NAMES, 0), (0, 0), (0, 0)))
         body = stub.body()
         while not self._try_shot(body, slot):
             if time.monotonic() > self.deadline:
@@ -256,8 +251,9 @@ class Remote:
                 with urgent(), Tracee(tid) as tracee:
                     timeout = max(0.001, min(_STOP_TIMEOUT, self.deadline - time.monotonic()))
                     tracee.interrupt(timeout)
-                    shot = self._is_safe(tracee) and self._send(tracee, body, slot)
+                    shot = self._is_safe(tracee)
                     if shot:
+                        self._send(tracee, body, slot)
                         tracee.detach()
                 self._clock.add(tracee.stopped_ns)
             except (ThreadGoneError, NoStopError):
@@ -267,23 +263,23 @@ class Remote:
         return False
 
     def _is_safe(self, tracee: Tracee) -> bool:
-        """Whether the thread may be sent elsewhere.
-
-        In a system call: no signal may be on its way, which might want to end the call. In the program's own code a
-        signal only comes before the stub instead of within it, but the thread must be in no restartable sequence.
-        """
+        """Whether the thread may be sent elsewhere: it is not on its way to a signal handler, nor in a restartable
+        sequence. rseq(2): leaving one by a jump would go unnoticed by the kernel."""
         if tracee.delivers_signal:
             return False
-        if tracee.in_syscall:
-            return not tracee.pending_signals() & ~tracee.blocked_signals()
-        area = tracee.rseq_area()  # rseq(2): leaving a sequence by a jump would go unnoticed by the kernel
+        area = 0 if tracee.in_syscall else tracee.rseq_area()
         return area == 0 or self._process.read(area + _RSEQ_CS_OFFSET, 8) == bytes(8)
 
-    def _send(self, tracee: Tracee, body: bytes, slot: int) -> bool:
-        resumption = tracee.resumption()
-        self._process.write(slot, body + restoring_tail(tracee.registers, resumption.rax, resumption.rip))
-        tracee.go_to(slot)
-        return True
+    def _send(self, tracee: Tracee, body: bytes, slot: int) -> None:
+        registers = tracee.registers
+        going_on = tracee.resumption()
+        if going_on.restarts:
+            failed = (_FAILED_WITH_EINTR, registers["rip"])
+            self._process.write(slot, restarting_stub(body, registers, (going_on.rax, going_on.rip), failed))
+            tracee.go_back_to(slot)
+        else:
+            self._process.write(slot, body + restoring_tail(registers, going_on.rax, going_on.rip))
+            tracee.go_to(slot)
 
     def _wait(self, condition: Callable[[], bool]) -> bool:
         """Whether a condition on the process's memory comes true in time."""

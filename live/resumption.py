@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 _NEGATIVE = 1 << 63
+SYSCALL_SIZE = 2
+"""Bytes of a syscall instruction, and of int 0x80."""
 
 # include/linux/errno.h: what a stopped thread's rax shows of an interrupted system call that the kernel will restart.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -25,6 +27,9 @@ class Resumption(NamedTuple):
     rax: int
     restarts: bool
     """Whether a system call is made again."""
+    undecided_rax: int
+    """Where one is: the rax that leaves it to the kernel. It starts the call again when the thread goes on, unless a
+    signal is handled first, which may be one that arrives until then: that turns it into EINTR, as ever."""
 
 
 def in_syscall(registers: Mapping[str, int]) -> bool:
@@ -41,14 +46,15 @@ def resumption(registers: Mapping[str, int]) -> Resumption:
     """Where and how a thread has to go on as if it had not been stopped. registers: unsigned, by their names."""
     rip, rax = registers["rip"], registers["rax"]
     if not in_syscall(registers):
-        return Resumption(rip, rax, restarts=False)
+        return Resumption(rip, rax, restarts=False, undecided_rax=rax)
     number = registers["orig_rax"]
     code = (1 << 64) - rax  # the error, of a failed system call
-    again = rip - 2  # syscall and int 0x80 are both two bytes long
+    again = rip - SYSCALL_SIZE
     if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
-        return Resumption(again, number, restarts=True)
+        return Resumption(again, number, restarts=True, undecided_rax=rax)
     if code == ERESTART_RESTARTBLOCK:
-        return Resumption(again, _RESTART_SYSCALL, restarts=True)
+        return Resumption(again, _RESTART_SYSCALL, restarts=True, undecided_rax=rax)
     if code == errno.EINTR and number in _NEVER_RESTARTED:
-        return Resumption(again, number, restarts=True)
-    return Resumption(rip, rax, restarts=False)
+        # As after any signal handler, with SA_RESTART or without.
+        return Resumption(again, number, restarts=True, undecided_rax=(1 << 64) - ERESTARTNOHAND)
+    return Resumption(rip, rax, restarts=False, undecided_rax=rax)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,11 +54,11 @@ class Slot:
     done: int | None
 
 
-def take_slot(process: Writable, region: Region) -> Slot:
+def take_slot(process: Writable, region: Region, none_inside: Callable[[], bool]) -> Slot:
     """The next slot that was never used; else the older half of the used ones is cleared first.
 
-    A slot is used again only when its stub had finished and that was long ago: a thread may still be on its way out of
-    a stub, and a signal handler may have interrupted it there.
+    A slot is used again only when its stub had finished, that was long ago, and since then no thread is in any stub:
+    one may have been held up on its way out of it. none_inside: whether that is so; it is asked only if needed.
 
     Raises:
         DynacutError: every slot is in use.
@@ -74,7 +74,7 @@ def take_slot(process: Writable, region: Region) -> Slot:
         reusable = [
             index for index in by_age[: SLOT_COUNT // 2] if done[index] and now - stamps[index] > _RECYCLING_AGE_NS
         ]
-        if not reusable:
+        if not reusable or not none_inside():
             raise DynacutError(f"{process.label} was changed too often in the last instants", "try again in a second")
         for index in reusable:
             process.write(stamps_start + index * SLOT_SIZE, bytes(SLOT_SIZE))

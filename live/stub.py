@@ -2,6 +2,11 @@
 
 A stub uses no stack and no flags: it must run anywhere, and the interrupted code must not notice. `syscall` clobbers
 only rax, rcx and r11 and keeps the flags; checks are made with lea and jrcxz, which do not touch them either.
+
+Where the stop has interrupted a system call, the stub has two entries. The thread is sent behind the first one as if
+the system call had been there. So it is the kernel that decides, when the thread goes on, whether the call is made
+again: then it steps back to the first entry, as it would to the call; else a signal handler is to run, which returns to
+the second, and the call has failed with EINTR (arch_do_signal_or_restart in arch/x86/kernel/signal.c).
 """
 
 from __future__ import annotations
@@ -43,6 +48,12 @@ _JMP_REL32 = b"\xe9"
 _MOV_AT_RCX_RAX = b"\x48\x89\x01"
 _MOV_BYTE_AT_RCX_1 = b"\xc6\x01\x01"
 _JMP_NEXT_QUAD = b"\xff\x25\x00\x00\x00\x00"
+_MOV_RBX_IMM64 = b"\x48\xbb"
+# jmp .+9; the second entry, SYSCALL_SIZE behind the first: mov ebx, 1; jmp .+7; here the jmp above leads: mov ebx, 0.
+# What rbx holds passes through the stub's system calls to the choice of a tail.
+_ENTRIES = b"\xeb\x07" + b"\xbb\x01\0\0\0" + b"\xeb\x05" + b"\xbb\0\0\0\0"
+_MOV_RCX_RBX = b"\x48\x89\xd9"
+_JRCXZ = b"\xe3"
 # The restoring tail: a mov for every clobbered register, and the jump with its target behind it.
 _TAIL = struct.Struct("<" + len(_MOV_R64_IMM64) * "2sQ" + f"{len(_JMP_NEXT_QUAD)}sQ")
 
@@ -56,6 +67,17 @@ def restoring_tail(registers: Mapping[str, int], rax: int, resume_at: int) -> by
     return _TAIL.pack(*values, _JMP_NEXT_QUAD, resume_at)
 
 
+def restarting_stub(
+    body: bytes, registers: Mapping[str, int], again: tuple[int, int], failed: tuple[int, int]
+) -> bytes:
+    """A whole stub for a thread in a system call. again, failed: rax and where to go on, by the first entry and by the
+    second."""
+    rbx = _MOV_RBX_IMM64 + struct.pack("<Q", registers["rbx"])
+    when_failed = rbx + restoring_tail(registers, *failed)
+    choice = _MOV_RCX_RBX + _JRCXZ + bytes([len(when_failed)])
+    return _ENTRIES + body + choice + when_failed + rbx + restoring_tail(registers, *again)
+
+
 class Stub:
     """Builds a stub's body."""
 
@@ -65,8 +87,8 @@ class Stub:
 
     @property
     def size(self) -> int:
-        """The size of the whole stub with its tail, in bytes."""
-        return len(self._code) + _TAIL.size
+        """The size of the whole stub with its entries and tails, in bytes."""
+        return len(_ENTRIES) + len(self._code) + len(_MOV_RCX_RBX) + 2 + 2 * (len(_MOV_RBX_IMM64) + 8 + _TAIL.size)
 
     def syscall(self, number: int, *arguments: int) -> None:
         """A system call with up to six arguments; its result is in rax."""

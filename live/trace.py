@@ -18,7 +18,7 @@ from dynacut.handlers.table import TRACE_MAGIC, Action, TableSite
 from dynacut.live.patcher import Patcher
 from dynacut.live.proc import task_status
 from dynacut.live.process import Process
-from dynacut.live.remote import StopClock
+from dynacut.live.stop_clock import StopClock
 from dynacut.live.traceable import check_traceable
 from dynacut.live.tree import descendants
 from dynacut.shared import resolve

@@ -26,11 +26,13 @@ from dynacut.live.ptrace_call import (
     PTRACE_SETSIGMASK,
     Registers,
 )
-from dynacut.live.resumption import Resumption, in_syscall, resumption, was_interrupted
+from dynacut.live.resumption import SYSCALL_SIZE, Resumption, in_syscall, resumption, was_interrupted
+from dynacut.live.urgency import processors_awake, urgent
 from dynacut.shared.errors import DynacutError
 
 _WALL = 0x40000000
 _PF_EXITING = 0x4  # include/linux/sched.h
+_NO_SYSCALL = (1 << 64) - 1
 _SIGINFO_SIZE = 128
 _PEEKED = 32
 
@@ -228,20 +230,33 @@ class Tracee:
         """Where and how the thread has to go on as if it had not been stopped."""
         return resumption(self.registers)
 
-    def go_to(self, rip: int, rax: int | None = None) -> None:
-        """Lets the thread go on at another address after detach(), with all other registers as they are but rax."""
-        try:
-            self._raw_registers.send(self.tid, rip, rax)
-        except ProcessLookupError:
-            raise self._gone() from None
+    def go_to(self, rip: int) -> None:
+        """Lets the thread go on at another address after detach(), all other registers as they are.
+
+        The kernel starts no system call again there.
+        """
+        self._set_registers(rip=rip, orig_rax=_NO_SYSCALL)
+
+    def go_back_to(self, rip: int) -> None:
+        """Lets the thread, stopped in a system call, go on at another address as if the call's instruction were there.
+
+        The kernel steps back over it to make the call again, or goes on behind it if a signal handler is to run.
+        """
+        self._set_registers(rip=rip + SYSCALL_SIZE, rax=self.resumption().undecided_rax)
 
     def conceal(self) -> None:
-        """Makes a system call that fails with EINTR after any stop start again, unless a signal is why it fails."""
-        if not was_interrupted(self.registers) or self._signal:
+        """Makes a system call that fails with EINTR after any stop start again, unless a signal is handled first."""
+        if self._signal or not was_interrupted(self.registers):
             return
         again = self.resumption()
-        if again.restarts and not self.pending_signals() & ~self.blocked_signals():
-            self.go_to(again.rip, again.rax)
+        if again.restarts:
+            self._set_registers(rax=again.undecided_rax)
+
+    def _set_registers(self, **changed: int) -> None:
+        try:
+            self._raw_registers.write(self.tid, **changed)
+        except ProcessLookupError:
+            raise self._gone() from None
 
     def detach(self) -> None:
         """Lets the thread go."""
@@ -334,39 +349,6 @@ def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
 
 
 @contextmanager
-def urgent() -> Iterator[None]:
-    """Real-time priority, where it is permitted, for as long as a thread is stopped: it would wait with us if we were
-    preempted. Not for longer: on that processor the target itself cannot run meanwhile."""
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    with suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    try:
-        yield
-    finally:
-        with suppress(PermissionError):
-            os.sched_setscheduler(0, policy, parameters)
-
-
-@contextmanager
-def _processors_awake() -> Iterator[None]:
-    """Processors that have nothing to do wait awake, where root may say so.
-
-    A processor falls asleep when the thread that it ran is stopped. To wake it takes longer than the stop itself: on
-    hardware the exit latency of an idle state, on a virtual machine a turn of the host's scheduler. The request lasts
-    as long as the file is open (Documentation/power/pm_qos_interface.rst).
-    """
-    file = -1
-    with suppress(OSError):
-        file = os.open("/dev/cpu_dma_latency", os.O_WRONLY | os.O_CLOEXEC)
-        os.write(file, struct.pack("i", 0))
-    try:
-        yield
-    finally:
-        if file >= 0:
-            os.close(file)
-
-
-@contextmanager
 def prompt_stops() -> Iterator[None]:
     """For a series of stops: SIGCHLD is blocked, so that a stop can be waited for instead of polled, no garbage is
     collected meanwhile, processors stay awake, and threads that stopped too late are let go at the end."""
@@ -374,7 +356,7 @@ def prompt_stops() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with _processors_awake():
+        with processors_awake():
             release_late(_LATE_TIMEOUT)
             yield
     finally:

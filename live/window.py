@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from dynacut.live.masks import SIGTRAP_BIT
 from dynacut.live.proc import thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.refusal import NeedsCheckpointError
-from dynacut.live.remote import StopClock
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, urgent
+from dynacut.live.stop_clock import StopClock
+from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.urgency import urgent
+from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.occupancy import Occupancy, SignalFrames
 from dynacut.shared.patch_set import ByteEdit

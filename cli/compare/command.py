@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dynacut.cli.compare.comparison import Results
     from dynacut.cli.compare.probes import Probe
 
-NAME = "compare"
 HELP = "measure a plan live, by gdb and by checkpoint, side by side"
 DESCRIPTION = (
     "Disable and undo a plan by each way, on a running process with its descendants, or on instances started for it, "

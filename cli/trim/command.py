@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dynacut.cli.trim.state import State
     from dynacut.cli.trim.steps import Trim
 
-NAME = "trim"
 HELP = "remove start-up code from a service: trace, learn, remove, in one go"
 DESCRIPTION = (
     "Remove what a service executes at start-up only. An instance is traced from its first instruction to its end, "

@@ -14,8 +14,8 @@ from typing import Protocol
 
 from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.proc import TaskStatus, parse_start_time, parse_status, task_status
-from dynacut.live.remote import StopClock
 from dynacut.live.resumption import in_syscall, resumption, was_interrupted
+from dynacut.live.stop_clock import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP, Mapping, Module, Target
 

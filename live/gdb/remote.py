@@ -20,7 +20,7 @@ from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.gdb.target import GdbTarget
 from dynacut.live.inspect import warnings_of
 from dynacut.live.proc import parse_command_line, parse_mappings, parse_status
-from dynacut.live.remote import StopClock
+from dynacut.live.stop_clock import StopClock
 from dynacut.shared.apply import SIGTRAP_BIT, check_written
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError

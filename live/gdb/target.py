@@ -12,10 +12,10 @@ from dynacut.live.gdb.held import Described, Held, ReadFile
 from dynacut.live.gdb.session import GdbSession
 from dynacut.live.gdb.shots import Shot, shoot
 from dynacut.live.masks import WITH_TEMPORARY_MASK
-from dynacut.live.remote import StopClock
 from dynacut.live.resumption import in_syscall, resumption
 from dynacut.live.slack import find_slack
-from dynacut.live.slots import take_slot
+from dynacut.live.slots import Slot, take_slot
+from dynacut.live.stop_clock import StopClock
 from dynacut.live.stub import Stub
 from dynacut.shared.apply import SIGTRAP_BIT, Area
 from dynacut.shared.errors import DynacutError, ExitStatus
@@ -210,7 +210,7 @@ class GdbTarget(Held):
             return all(self._is_mapped(start, end) for start, end in ranges)
 
         found = find_region(self)
-        slot = take_slot(self, found.region).address if found else find_slack(self, stub.size)
+        slot = self._slot(found.region).address if found else find_slack(self, stub.size)
         shoot(self, [Shot(stub, slot, is_done)])
 
     def _run(self, stub: Stub) -> None:
@@ -220,11 +220,21 @@ class GdbTarget(Held):
 
     def _shot(self, stub: Stub, region: Region, tid: int | None) -> Shot:
         """A shot from a slot of the region, where its last act is to say that it is done."""
-        slot = take_slot(self, region)
+        slot = self._slot(region)
         done = slot.done
         assert done is not None
         stub.set_byte(done)
         return Shot(stub, slot.address, lambda: self.read(done, 1) == b"\1", tid)
+
+    def _slot(self, region: Region) -> Slot:
+        """A slot for one stub; those who are being sent to one are in none that was used long ago."""
+
+        def none_inside() -> bool:
+            return not any(
+                region.contains_code(thread.registers["rip"]) for thread in self.held_threads if not thread.moved
+            )
+
+        return take_slot(self, region, none_inside)
 
     def _region(self) -> Region:
         found = find_region(self)

@@ -9,7 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dynacut.handlers.table import FIRST_SLOT, SLOT_COUNT, SLOT_DONE_OFFSET, SLOT_SIZE
 from dynacut.live.proc import blocked_in, task_status, thread_ids
+from dynacut.live.process import Process
+from dynacut.live.tracee import Tracee, prompt_stops
+from dynacut.shared.region import find_region
 
 from .conftest import Dynacut
 from .programs import DENIED, Program, feature
@@ -52,6 +56,49 @@ def test_no_thread_of_many_is_left_stopped(program: Start) -> None:
     cycle(target, 10, "--disable feature --on-hit redirect=denied", "--undo")
     assert [tid for tid in thread_ids(target.pid) if task_status(target.pid, tid).state in "tT"] == []
     assert target.counters("stop")["wrong"] == 0
+
+
+def test_a_stub_that_a_thread_is_in_is_not_overwritten(program: Start, dynacut: Dynacut) -> None:
+    """One is held up in a stub that has done its work, while all others have been used long ago."""
+    target = program("callers", 2)
+    assert target.ask("start") == "ok"
+    run_json("live", "--pid", target.pid, "--disable", "main", "--on-hit", "return=0")
+    loop = b"\xeb\xfe"
+    with Process(target.pid) as process:
+        found = find_region(process)
+        assert found is not None
+        slots = found.region.code + FIRST_SLOT
+        for index in range(SLOT_COUNT):
+            process.write(slots + (index + 1) * SLOT_SIZE - 8, (index + 1).to_bytes(8, "little"))
+        process.write(found.region.table + SLOT_DONE_OFFSET, b"\1" * SLOT_COUNT)
+        process.write(slots, loop)
+        tid, rip = _send_running_thread(target.pid, slots)
+        before = Snapshot.of(target.pid)
+        done = dynacut("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied")
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 2), done.stderr
+        assert "too often" in done.stderr
+        assert Snapshot.of(target.pid) == before
+        assert process.read(slots, len(loop)) == loop
+        with prompt_stops(), Tracee(tid) as tracee:
+            tracee.interrupt(10)
+            assert tracee.registers["rip"] == slots
+            tracee.go_to(rip)
+    run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied")
+    run_json("live", "--pid", target.pid, "--undo")
+    wait_for_more(target, "right", 1000)
+    assert target.counters("stop")["wrong"] == 0
+
+
+def _send_running_thread(pid: int, address: int) -> tuple[int, int]:
+    """Sends a thread that runs the program's own code to an address; its id, and where it was."""
+    while True:
+        for tid in thread_ids(pid)[1:]:
+            with prompt_stops(), Tracee(tid) as tracee:
+                tracee.interrupt(10)
+                if not tracee.in_syscall and not tracee.delivers_signal:
+                    rip = tracee.registers["rip"]
+                    tracee.go_to(address)
+                    return tid, rip
 
 
 @pytest.mark.parametrize(("name", "count"), [("eintr", 7), ("waiters", 9)])

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynacut.live.stub import Stub, restoring_tail
+from dynacut.live.resumption import SYSCALL_SIZE
+from dynacut.live.stub import Stub, restarting_stub, restoring_tail
 
 capstone: Any = import_module("capstone")
 
@@ -94,10 +95,11 @@ def test_the_tail_sets_each_clobbered_register_and_jumps() -> None:
     ]
 
 
-def test_the_size_is_that_of_body_and_tail() -> None:
-    stub = everything()
-    assert stub.size == len(stub.body()) + len(restoring_tail(VALUES, VALUES["rax"], RESUME_AT))
-    assert Stub().size == len(restoring_tail(VALUES, VALUES["rax"], RESUME_AT))
+def test_the_size_is_that_of_a_stub_with_two_entries() -> None:
+    for stub in (everything(), Stub()):
+        whole = restarting_stub(stub.body(), VALUES | {"rbx": 0x1111}, (1, RESUME_AT), (2, RESUME_AT))
+        assert stub.size == len(whole)
+        assert stub.size > len(stub.body()) + len(restoring_tail(VALUES, 1, RESUME_AT))
 
 
 def test_nothing_touches_the_stack_or_flags_but_syscall() -> None:
@@ -138,10 +140,18 @@ def executable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(executable: Path, stub: Stub, flags: int) -> dict[str, int]:
     """Runs a stub; registers, flags and memory where it resumes."""
+    return run_code(executable, stub.body() + restoring_tail(VALUES, VALUES["rax"], resumed(executable)), flags)
+
+
+def resumed(executable: Path) -> int:
+    """The address at which the program prints what it finds."""
     symbols = subprocess.run(["nm", executable], check=True, capture_output=True, text=True).stdout
-    resumed = next(int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith(" T resumed"))
+    return next(int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith(" T resumed"))
+
+
+def run_code(executable: Path, content: bytes, flags: int) -> dict[str, int]:
     code = executable.parent / "stub.bin"
-    code.write_bytes(stub.body() + restoring_tail(VALUES, VALUES["rax"], resumed))
+    code.write_bytes(content)
     done = subprocess.run([executable, code, f"{flags:x}"], check=True, capture_output=True, text=True, timeout=10)
     return {name: int(value, 16) for name, value in (line.split() for line in done.stdout.splitlines())}
 
@@ -157,6 +167,23 @@ def test_the_interrupted_code_notices_nothing(executable: Path, flags: int) -> N
     assert found["flags"] == flags
     assert found["area0"] == 0x1122_3344_5566_7788, "the first condition holds: mmap gave the address asked for"
     assert found["area1"] == 0, "the second does not: getpid is not -38"
+
+
+@needs_gcc
+@pytest.mark.parametrize(("skipped", "rax"), [(0, 0x5151), (SYSCALL_SIZE, 0xE1E1)])
+def test_each_entry_leads_to_an_end_of_its_own(executable: Path, skipped: int, rax: int) -> None:
+    """All jumps in a stub are relative: without what lies before the second entry, that is where it begins."""
+    stub = everything()
+    address, nowhere = resumed(executable), 0x1000
+    ends = [(0x5151, address), (0xE1E1, nowhere)]
+    if skipped:
+        ends = [(0x5151, nowhere), (0xE1E1, address)]
+    code = restarting_stub(stub.body(), VALUES | {"rbx": 0x1111}, ends[0], ends[1])
+    found = run_code(executable, code[skipped:], 0xED7)
+    assert {name: found[name] for name in CLOBBERED} == VALUES | {"rax": rax}
+    kept = ("rbx", "rbp", "r12", "r13", "r14", "r15", "redzone8", "redzone128", "rsp", "flags")
+    assert [found[name] for name in kept] == [0x1111, 0x2222, 0x3333, 0x4444, 0x5555, 0x6666, 0x7777, 0x8888, 1, 0xED7]
+    assert found["area0"] == 0x1122_3344_5566_7788, "the body has run"
 
 
 @needs_gcc

@@ -1,0 +1,59 @@
+"""Seeing each thread once outside of dynacut's own code: whoever was in it, or on the way to it, has left it then."""
+
+from __future__ import annotations
+
+import time
+
+from dynacut.live.proc import blocked_in, task_status, thread_ids
+from dynacut.live.process import Process, gone
+from dynacut.live.stop_clock import StopClock
+from dynacut.live.tracee import each_stopped
+from dynacut.shared.apply import SIGTRAP_BIT
+from dynacut.shared.region import Region
+
+_LOOK_PAUSE = 0.001
+
+
+def all_seen_outside(process: Process, region: Region, clock: StopClock, deadline: float) -> bool:
+    """Waits until each thread has been seen outside of the handler and the stubs, with no SIGTRAP pending.
+
+    A thread that has run into an int3 gets its SIGTRAP before it returns from the kernel, and is seen with it pending.
+    So after the int3 bytes have gone, none is on its way into the handler any more; and after a stub has run to its
+    end, and nobody is sent to it again, none is in it. deadline: of time.monotonic(); False if it has passed before.
+
+    Raises:
+        DynacutError: the process is gone.
+    """
+    pid = process.pid
+    clean: set[int] = set()
+    while True:
+        try:
+            unseen = [tid for tid in thread_ids(pid) if tid not in clean]
+        except OSError:
+            raise gone(pid) from None
+        if not unseen:
+            return True
+        waiting = {tid for tid in unseen if _waits_outside(pid, tid, region)}
+        clean |= waiting
+        left = max(0.0, deadline - time.monotonic())
+        for tracee in each_stopped([tid for tid in unseen if tid not in waiting], left):
+            inside = region.contains_code(tracee.registers["rip"])
+            if not inside and not tracee.pending_signals() & SIGTRAP_BIT:
+                clean.add(tracee.tid)
+            clock.add(tracee.stopped_ns)
+        if any(tid not in clean for tid in unseen):
+            time.sleep(_LOOK_PAUSE)  # or a thread in the handler would be stopped again before it gets on
+        if time.monotonic() > deadline:
+            return False
+
+
+def _waits_outside(pid: int, tid: int, region: Region) -> bool:
+    """Whether a thread sleeps in a system call of the program's own."""
+    try:
+        waits = blocked_in(pid, tid)
+        status = task_status(pid, tid)
+    except OSError:
+        return True  # it ended
+    if status.state in "DZX":
+        return True  # uninterruptible, as a vfork parent: in a system call, not in an exception
+    return waits is not None and not region.contains_code(waits.rip) and not status.thread_pending & SIGTRAP_BIT
