@@ -42,6 +42,8 @@ _SYS_MMAP = 9
 _SYS_MUNMAP = 11
 _MAX_PATH = 64 * 32  # of the table's scratch, the input of 64 signal actions
 _SYS_RT_SIGACTION = 13
+_SYS_PRCTL = 157
+PR_SET_PDEATHSIG = 1
 _SIGSET_SIZE = 8
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x1, 0x2, 0x20, 0x4000, 0x100000
@@ -181,6 +183,20 @@ class Remote:
                     "the file was replaced, or the process may not read it: only a restart brings the pages back",
                     status=ExitStatus.CHECK_FAILED,
                 )
+
+    def keep_alive(self, region: Region | None) -> None:
+        """Lets the process, of one thread, outlive its parent, whose end would have ended it. region: None if none is
+        mapped yet.
+
+        Raises:
+            DynacutError: the thread cannot be stopped.
+        """
+        stub = Stub()
+        stub.syscall(_SYS_PRCTL, PR_SET_PDEATHSIG, 0)
+        if region is None:
+            self._shoot(stub, find_slack(self._process, stub.size))
+        elif not self._run(stub, region):
+            raise DynacutError(f"{self._process.label} did not come to the end of a stub in time")
 
     def sigactions(self, region: Region, actions: Mapping[int, KernelAction | None]) -> dict[int, KernelAction]:
         """Sets the process's actions for signals, as rt_sigaction(2) does; None only reads.

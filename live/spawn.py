@@ -1,8 +1,13 @@
-"""Starting a program that waits at its entry point until it is let go: to trace it from its first block on."""
+"""Starting a program that waits at its entry point until it is let go: to trace it from its first block on.
+
+Until then it dies with whoever has started it, however that ends: nobody else would ever let it go.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +16,21 @@ from types import TracebackType
 from ptrace.binding.func import PTRACE_TRACEME, ptrace
 from ptrace.error import PtraceError
 
+from dynacut.handlers.table import TRACE_MAGIC
 from dynacut.live.proc import auxiliary_vector
 from dynacut.live.process import Process
 from dynacut.live.ptrace_call import PTRACE_DETACH
+from dynacut.live.remote import PR_SET_PDEATHSIG, Remote
+from dynacut.live.stop_clock import StopClock
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, prompt_stops
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.region import find_region
 
 _AT_ENTRY = 9
 _JUMP_TO_ITSELF = b"\xeb\xfe"
-_EXEC_TIMEOUT = 10.0
+_RELEASE_TIMEOUT = 10.0
+_prctl = ctypes.PyDLL(None).prctl
+_prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
 
 
 class HeldProgram:
@@ -78,19 +89,31 @@ class HeldProgram:
         raise DynacutError("the program did not come to its entry point in time")
 
     def release(self, process: Process) -> None:
-        """Lets it go: the entry point gets its bytes back, both at once as far as the program can tell."""
-        with prompt_stops(), Tracee(self.pid) as tracee:
-            tracee.interrupt(1.0)
-            process.write(self.entry, self.original)
+        """Lets it go: the entry point gets its bytes back, both at once as far as the program can tell.
+
+        process: with the region of its trace. From here on it lives as long as it likes.
+
+        Raises:
+            DynacutError: its only thread cannot be stopped.
+        """
+        found = find_region(process, TRACE_MAGIC)
+        with prompt_stops():
+            remote = Remote(process, StopClock(), time.monotonic() + _RELEASE_TIMEOUT)
+            remote.keep_alive(found.region if found else None)
+            with Tracee(self.pid) as tracee:
+                tracee.interrupt(_RELEASE_TIMEOUT)
+                process.write(self.entry, self.original)
         self._held = False
 
 
 def _start(command: Sequence[str], output: Path | None) -> int:
     """Forks and executes; returns with the child stopped behind its execve."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
+            _die_with(parent)
             if output is not None:
                 _detach(output)
             ptrace(PTRACE_TRACEME)
@@ -106,6 +129,13 @@ def _start(command: Sequence[str], output: Path | None) -> int:
     if failure or not os.WIFSTOPPED(status):
         raise DynacutError(f"{command[0]} cannot be executed: {failure or 'it ended at once'}")
     return pid
+
+
+def _die_with(parent: int) -> None:
+    """Makes this process end with the thread that forked it (PR_SET_PDEATHSIG(2const)); exec keeps that."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before
+        os._exit(127)
 
 
 def _detach(output: Path) -> None:
