@@ -26,6 +26,7 @@ from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace_call import REGISTER_NAMES
 from dynacut.live.refusal import NeedsCheckpointError
+from dynacut.live.resumption import starts_anew
 from dynacut.live.slack import find_slack
 from dynacut.live.slots import MAX_STUB_SIZE, take_slot
 from dynacut.live.stop_clock import StopClock
@@ -320,19 +321,27 @@ def _output(region: Region, number: int, action: KernelAction | None) -> int:
 
 
 def _candidates(pid: int) -> Iterator[int]:
-    """Threads to send through a stub, the best first: one that waits notices nothing of a stop."""
+    """Threads to send through a stub, the best first: one that waits notices nothing of a stop.
+
+    Of these, one that waits in epoll_wait, as the threads of servers that have most to do, comes last: it may wait
+    longer than it wanted.
+    """
     try:
         tids = thread_ids(pid)
     except (FileNotFoundError, ProcessLookupError):
         raise gone(pid) from None
-    others = []
+    anew, others = [], []
     for tid in tids:
         waits = blocked_in(pid, tid)
         if waits is None:
             others.append(tid)
         elif waits.number in _WAITING and not _waits_for_all(waits):
-            yield tid
+            if starts_anew(waits.number):
+                anew.append(tid)
+            else:
+                yield tid
         # Any other system call is left alone: a write that is interrupted amid its bytes returns short.
+    yield from anew
     for tid in others:
         try:
             state = task_status(pid, tid).state

@@ -32,6 +32,14 @@ class Resumption(NamedTuple):
     signal is handled first, which may be one that arrives until then: that turns it into EINTR, as ever."""
 
 
+def starts_anew(number: int) -> bool:
+    """Whether a system call that a stop has interrupted waits for its whole timeout again.
+
+    Those that the kernel itself starts again go on with what is left of it (restart_syscall(2)).
+    """
+    return number in _NEVER_RESTARTED
+
+
 def in_syscall(registers: Mapping[str, int]) -> bool:
     """Whether a stop interrupted a system call rather than the thread's own code."""
     return registers["orig_rax"] < _NEGATIVE
