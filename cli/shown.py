@@ -87,3 +87,13 @@ def print_features(processes: Sequence[Inspection], *, with_sites: bool) -> None
     if with_sites:
         columns = [*first, "feature", "site", "bytes", "on hit", "text", "hits"]
         print_table("sites", columns, sites, right=frozenset({len(first) + 2, len(first) + 5}))
+        for process in processes:
+            _print_mappings(process, whose=f" of {process.pid}" if several else "")
+
+
+def _print_mappings(process: Inspection, whose: str) -> None:
+    for feature in process.features:
+        if feature.unmapped_pages:
+            print(f"{feature.name}{whose}: {feature.unmapped_pages} pages of code are unmapped")
+        if feature.added_bytes:
+            print(f"{feature.name}{whose}: {feature.added_bytes:,} bytes of memory are added")

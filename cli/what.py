@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,7 +146,7 @@ class Request:
             if arguments.scope:
                 scope = Scope(arguments.scope)
                 features = tuple(PlannedFeature(part.name, part.on_hit, scope, part.sites) for part in plan.features)
-                plan = Plan(plan.name, features, plan.edits, plan.modules)
+                plan = replace(plan, features=features)
             return plan
         if not arguments.disable:
             return None

@@ -20,6 +20,7 @@ class Action(IntEnum):
     HANDLER = 6
     EDIT = 7
     UNMAP = 8
+    MAP = 9
 
 
 class RepairKind(IntEnum):

@@ -29,6 +29,7 @@ enum dynacut_action {
 	DYNACUT_HANDLER = 6, /* pass to the handler of the user's library */
 	DYNACUT_EDIT = 7, /* plain byte edit: nothing is trapped */
 	DYNACUT_UNMAP = 8, /* no site: `argument` bytes of whole pages from here on are unmapped; length 0 */
+	DYNACUT_MAP = 9, /* no site: `argument` bytes from here on are mapped, with PROT_ bits `size`; length 0 */
 };
 
 /* struct kernel_sigaction of x86-64, as rt_sigaction(2) takes and gives it. */

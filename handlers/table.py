@@ -343,11 +343,11 @@ def _parse_sites(
         except ValueError:
             raise TableError(f"a site with unknown action {number}") from None
         needed = 2 * length if action == Action.EDIT else length
-        is_unmapping = action == Action.UNMAP
+        is_range = action in (Action.UNMAP, Action.MAP)
         if (
-            (address < end and not is_unmapping)
-            or (length == 0) is not is_unmapping
-            or (is_unmapping and not _is_page_range(address, argument))
+            (address < end and not is_range)
+            or (length == 0) is not is_range
+            or (is_range and not _is_page_range(address, argument))
             or address + length >= 1 << 64
             or counter >= counter_count
             or feature >= len(features)

@@ -38,7 +38,8 @@ from dynacut.live.slots import retire, write_all
 from dynacut.live.stop_clock import StopClock
 from dynacut.live.tracee import prompt_stops
 from dynacut.live.window import write_in_window
-from dynacut.shared.apply import SIGTRAP_BIT, check_written
+from dynacut.shared.added import untouched
+from dynacut.shared.apply import SIGTRAP_BIT, check_written, vacated
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
@@ -100,7 +101,8 @@ class Patcher:
                     self._switch_off(patches)
                 case HandlerChange.KEEP:
                     self._fill(patches)
-                    self._write(patches.edits)
+                    self._write([*patches.edits, *vacated(self.process, patches)])
+                    self._drop(patches)
                     self._set_contents(patches)
                 case HandlerChange.REMOVE:
                     self._undo(patches)
@@ -121,6 +123,7 @@ class Patcher:
                 if not patches.library.is_mapped:
                     self._remote.map_segments(region, patches.library.segments)
                 write_all(self.process, region, patches.library.record.writes())
+            self._remote.map_segments(region, patches.add)
             restorers = self._install(region, table)
             if outgrown is not None:
                 retire(self.process, outgrown)
@@ -195,14 +198,20 @@ class Patcher:
         if found is not None:
             self._remote.map_files(found.region, patches.fill)
 
+    def _drop(self, patches: PatchSet) -> None:
+        """Unmaps memory that was added, in which no thread is any more."""
+        found = find_region(self.process, self.magic) if patches.drop else None
+        if found is not None:
+            self._remote.unmap(found.region, patches.drop)
+
     def _undo(self, patches: PatchSet) -> None:
         self._fill(patches)
-        self._write(patches.edits)
-        found = find_region(self.process, self.magic)
-        if found is None or found.table is None:
-            return
+        self._write([*patches.edits, *vacated(self.process, patches)])
         try:
-            self._remove(found.region, found.table)
+            self._drop(patches)
+            found = find_region(self.process, self.magic)
+            if found is not None and found.table is not None:
+                self._remove(found.region, found.table)
         except DynacutError as error:
             if error.status is ExitStatus.REFUSED:  # what was refused is a part; the bytes are changed
                 error.status = ExitStatus.CHECK_FAILED
@@ -232,6 +241,7 @@ class Patcher:
             found = find_region(self.process, self.magic)
             if found is None or found.table is None:
                 return
+            self._drop(replace(patches, drop=untouched(self.process, patches.add)))
             if patches.had_handler:
                 write_all(self.process, found.region, patches.before_user.writes())
                 write_all(

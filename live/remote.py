@@ -116,7 +116,7 @@ class Remote:
         return region
 
     def map_segments(self, region: Region, segments: Sequence[LibrarySegment]) -> None:
-        """Maps a library's segments and fills them.
+        """Maps memory, such as a library's segments, and fills it.
 
         Raises:
             DynacutError: the process does not get the memory, or no thread can be stopped.
@@ -130,10 +130,11 @@ class Remote:
                 stub.require(segment.address)
             if not self._run(stub, region):
                 raise NeedsCheckpointError(
-                    f"{process.label} could not map the library at {segments[0].address:#x}",
+                    f"{process.label} could not map memory at {segments[0].address:#x}",
                     "look at its limits of memory (prlimit --as, cgroup)",
                 )
-        process.refresh()
+        if segments:
+            process.refresh()
         for segment in segments:
             process.write(segment.address, segment.contents)
 

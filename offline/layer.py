@@ -103,7 +103,7 @@ class _Writer:
     def put(self, name: Path, data: bytes) -> None:
         """Writes one new file."""
         path = self._directory / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(data)
         self._written.bytes_written += len(data)

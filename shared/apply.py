@@ -28,9 +28,10 @@ from dynacut.handlers.table import (
     TableFullError,
     Write,
 )
+from dynacut.shared.added import code_in, untouched
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole, Patched
-from dynacut.shared.library import Library
+from dynacut.shared.library import Library, LibrarySegment
 from dynacut.shared.occupancy import NO_FRAMES, Occupancy, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.region import (
@@ -133,6 +134,7 @@ def make_ready(target: StoppedTarget, patches: PatchSet) -> SignalFrames:
     region, table, outgrown = _prepare(target, patches)
     if patches.library is not None:
         _map_library(target, region, patches.library)
+    _map(target, patches.add)
     restorers = {target.action(number).restorer for number in target.caught_signals()}
     table = _handle_traps(target, region, table)
     unblock_threads(target, region, table)
@@ -160,7 +162,7 @@ def write_edits(target: StoppedTarget, patches: PatchSet, frames: SignalFrames) 
         ThreadAmidError: a thread is amid the bytes to change; nothing is written.
         DynacutError: other bytes are there than when the patch set was made; nothing is written.
     """
-    found = find_amid(target, patches.edits, frames)
+    found = find_amid(target, [*patches.edits, *vacated(target, patches)], frames)
     if found is not None:
         raise ThreadAmidError(
             f"thread {found[0].tid} of {target.label} is at {found[1]:#x}, or returns there, amid the bytes to change"
@@ -179,6 +181,11 @@ def write_edits(target: StoppedTarget, patches: PatchSet, frames: SignalFrames) 
         raise
 
 
+def vacated(target: Target, patches: PatchSet) -> list[ByteEdit]:
+    """Edits that change nothing, of code that is to be taken away: no thread may be amid them either."""
+    return [ByteEdit(address, data, data) for address, data in code_in(target, patches.drop)]
+
+
 class ThreadAmidError(DynacutError):
     """A thread is amid bytes that are to change, so that this is not the moment to change them."""
 
@@ -188,7 +195,7 @@ def conclude(target: StoppedTarget, patches: PatchSet) -> None:
 
     INSTALL: pages left empty are unmapped. KEEP: the table has its new contents. REMOVE: the handler is out of force.
     """
-    for hole in patches.unmap:
+    for hole in (*patches.unmap, *patches.drop):
         target.unmap(hole)
     found = find_region(target)
     if patches.handler is HandlerChange.INSTALL or found is None or found.table is None:
@@ -204,6 +211,8 @@ def retreat(target: StoppedTarget, patches: PatchSet) -> None:
     found = find_region(target)
     if found is None or found.table is None or patches.handler is not HandlerChange.INSTALL:
         return
+    for hole in untouched(target, patches.add):
+        target.unmap(hole)
     if patches.had_handler:
         _write_table(target, found.region, patches.before_user.writes())
         _write_table(target, found.region, found.table.update(patches.before_features, patches.before_sites))
@@ -271,10 +280,16 @@ def _prepare(target: StoppedTarget, patches: PatchSet) -> tuple[Region, Table, R
 def _map_library(target: StoppedTarget, region: Region, library: Library) -> None:
     """Maps a user's library where it is not mapped yet, and puts it in force."""
     if not library.is_mapped:
-        target.map_anonymous([Area(part.address, part.size, part.protection) for part in library.segments])
-        for segment in library.segments:
-            target.write(segment.address, segment.contents)
+        _map(target, library.segments)
     _write_table(target, region, library.record.writes())
+
+
+def _map(target: StoppedTarget, segments: Sequence[LibrarySegment]) -> None:
+    """Maps memory and fills it."""
+    if segments:
+        target.map_anonymous([Area(part.address, part.size, part.protection) for part in segments])
+    for segment in segments:
+        target.write(segment.address, segment.contents)
 
 
 def _handle_traps(target: StoppedTarget, region: Region, table: Table) -> Table:

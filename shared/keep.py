@@ -72,7 +72,7 @@ def without(plan: Plan, kept: Coverage) -> tuple[Plan, int]:
     ]
     count = sum(len(feature.sites) for feature in plan.features) - sum(len(feature.sites) for feature in features)
     features = [feature for feature in features if feature.sites]
-    if not features and not plan.edits:
+    if not features and not (plan.edits or plan.added or plan.removed):
         raise DynacutError("all blocks of the plan are to be kept: nothing is left of it", "there is nothing to remove")
     return replace(plan, features=tuple(features)), count
 

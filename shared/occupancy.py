@@ -31,20 +31,24 @@ NO_FRAMES = SignalFrames(frozenset(), 0)
 
 
 class Occupancy:
-    """The places that no thread may be at, or return to: behind the first byte of each edit."""
+    """The places that no thread may be at, or return to: behind the first byte of each edit.
+
+    Where an edit changes nothing, its bytes are to be taken away, and the first one is such a place as well.
+    """
 
     def __init__(self, edits: Sequence[ByteEdit], frames: SignalFrames) -> None:
         self._frames = frames
         # Where int3 bytes go away nobody is inside: who has hit one is in the handler, and goes on at the old bytes.
         ranges = sorted(
-            (edit.address + 1, edit.end)
+            (edit.address + (edit.old != edit.new), edit.end)
             for edit in edits
             if len(edit.old) > 1 and not (edit.old[0] == _INT3 and edit.new[0] != _INT3)
         )
         self._starts = [start for start, _ in ranges]
         self._ends = [end for _, end in ranges]
         # Memory is searched for the upper five bytes of the addresses at the speed of memchr; few patterns suffice.
-        self._patterns = {struct.pack("<Q", address >> 24)[:5] for start, end in ranges for address in (start, end - 1)}
+        upper = {part for start, end in ranges for part in range(start >> 24, (end - 1 >> 24) + 1)}
+        self._patterns = {struct.pack("<Q", part)[:5] for part in upper}
 
     @property
     def is_free(self) -> bool:
@@ -85,7 +89,7 @@ class Occupancy:
             first = pointer & ~7
             stack = target.read(first, mapping.end - first)
             passing: set[int] = set()
-            for restorer in (*self._frames.restorers, self._frames.own):
+            for restorer in {*self._frames.restorers, self._frames.own} - {0}:  # 0, for none, is all over a stack
                 for position in _aligned(stack, struct.pack("<Q", restorer), 0):
                     if position + _FRAME_RIP + 8 > len(stack):
                         continue

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from dynacut.handlers.table import NO_LIBRARY, TableSite, UserLibrary
+from dynacut.shared.added import hole_of
 from dynacut.shared.holes import Hole
-from dynacut.shared.library import Library
+from dynacut.shared.library import Library, LibrarySegment
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,17 @@ class PatchSet:
     """Pages to take away, after the edits."""
     fill: tuple[Hole, ...] = ()
     """Pages to map back, before the edits."""
+    add: tuple[LibrarySegment, ...] = ()
+    """Memory to map, before the edits."""
+    drop: tuple[Hole, ...] = ()
+    """Memory that was added before, to take away, after the edits."""
 
     @property
     def changes(self) -> bool:
         """Whether the target is different afterwards."""
         ends_library = self.handler is HandlerChange.REMOVE and self.before_user.is_in_force
         return (
-            bool(self.edits or self.unmap or self.fill)
+            bool(self.edits or self.unmap or self.fill or self.add or self.drop)
             or self.features != self.before_features
             or self.library is not None
             or ends_library
@@ -78,7 +83,10 @@ class PatchSet:
         return bool(self.before_sites) or self.before_user.is_in_force
 
     def inverse(self) -> PatchSet:
-        """The patch set that takes this one back, to be applied after it. Where the handler stays, a library does."""
+        """The patch set that takes this one back, to be applied after it. Where the handler stays, a library does.
+
+        Memory that this one takes away is not had back: its contents are lost.
+        """
         back = {HandlerChange.INSTALL: HandlerChange.REMOVE, HandlerChange.REMOVE: HandlerChange.INSTALL}
         handler = back.get(self.handler, HandlerChange.KEEP)
         if handler is HandlerChange.REMOVE and self.had_handler:
@@ -87,6 +95,7 @@ class PatchSet:
             edits=tuple(edit.inverse() for edit in self.edits),
             unmap=self.fill,
             fill=self.unmap,
+            drop=tuple(hole_of(part.address, part.size, part.protection) for part in self.add),
             handler=handler,
             features=self.before_features,
             sites=self.before_sites,

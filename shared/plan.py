@@ -14,10 +14,15 @@ from typing import Any
 from dynacut.handlers.table import NAME_SIZE
 from dynacut.shared.errors import DynacutError, shortened
 from dynacut.shared.on_hit import OnHit
+from dynacut.shared.target import PAGE_SIZE
 
 FORMAT = 1
 MAX_PLAN_SIZE = 64 << 20
 MAX_SITE_SIZE = 1 << 16
+MAX_ADDED_SIZE = 1 << 30
+MAX_ADDED_CODE = MAX_REMOVED_SIZE = 1 << 20
+PROTECTIONS = ("r--", "rw-", "r-x")
+"""Of memory that a plan adds: never writable and executable at once."""
 EDITS = "edits"
 """The feature that plain edits without a feature of their own belong to."""
 
@@ -68,6 +73,28 @@ class PlannedEdit:
 
 
 @dataclass(frozen=True)
+class PlannedMemory:
+    """Private memory to add: whole pages. protection: as in proc_pid_maps(5), without the last letter."""
+
+    at: str
+    """Where: an absolute address, or SITE + offset, such as a place behind a module."""
+    size: int
+    protection: str
+    contents: bytes
+    """What it begins with; zeros follow."""
+    feature: str = EDITS
+
+
+@dataclass(frozen=True)
+class PlannedRemoval:
+    """Whole pages of a module's code to unmap; size in bytes."""
+
+    at: str
+    size: int
+    feature: str = EDITS
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything in one plan file."""
 
@@ -75,11 +102,18 @@ class Plan:
     features: tuple[PlannedFeature, ...] = ()
     edits: tuple[PlannedEdit, ...] = ()
     modules: Dictionary[str, PlannedModule] = field(default_factory=dict)
+    added: tuple[PlannedMemory, ...] = ()
+    removed: tuple[PlannedRemoval, ...] = ()
 
     @property
     def feature_names(self) -> tuple[str, ...]:
         """Every feature that the plan switches, those of plain edits included."""
-        return tuple(dict.fromkeys([part.name for part in self.features] + [edit.feature for edit in self.edits]))
+        return tuple(dict.fromkeys([part.name for part in self.features] + self._features_of_edits))
+
+    @property
+    def _features_of_edits(self) -> list[str]:
+        parts = (self.edits, self.added, self.removed)
+        return [part.feature for each in parts for part in each]
 
     def only(self, names: list[str]) -> Plan:
         """The plan with just these features.
@@ -97,6 +131,8 @@ class Plan:
             tuple(part for part in self.features if part.name in names),
             tuple(edit for edit in self.edits if edit.feature in names),
             self.modules,
+            tuple(part for part in self.added if part.feature in names),
+            tuple(part for part in self.removed if part.feature in names),
         )
 
     def to_toml(self) -> str:
@@ -119,11 +155,14 @@ class Plan:
                 }
                 for part in self.features
             ]
-        if self.edits:
-            document["edit"] = [
-                {"at": edit.at, "old": edit.old.hex(" "), "new": edit.new.hex(" "), "feature": edit.feature}
-                for edit in self.edits
-            ]
+        edits = [
+            *({"at": edit.at, "old": edit.old.hex(" "), "new": edit.new.hex(" ")} for edit in self.edits),
+            *(_memory_table(part) for part in self.added),
+            *({"at": part.at, "unmap": part.size} for part in self.removed),
+        ]
+        if edits:
+            names = self._features_of_edits
+            document["edit"] = [table | {"feature": name} for table, name in zip(edits, names, strict=True)]
         return tomli_w.dumps(document)
 
 
@@ -134,6 +173,11 @@ def _site_table(site: PlannedSite) -> dict[str, Any]:
     if site.old:
         table["old"] = site.old.hex(" ")
     return table
+
+
+def _memory_table(part: PlannedMemory) -> dict[str, Any]:
+    table = {"at": part.at, "map": part.size, "protection": part.protection}
+    return table | ({"contents": part.contents.hex(" ")} if part.contents else {})
 
 
 def load(path: Path) -> Plan:
@@ -201,13 +245,14 @@ class _Reader:
             else:
                 self.problems.append(f"module.{shortened(name)} is not a table")
         features = [self._feature(table) for table in self._tables("feature", document)]
-        edits = [self._edit(table) for table in self._tables("edit", document)]
+        edits, added, removed = self._edits(self._tables("edit", document))
         names = [part.name for part in features]
         for name in sorted({name for name in names if names.count(name) > 1}):
             self.problems.append(f"feature {_shown(name)} occurs twice")
-        if not features and not edits:
+        if not features and not edits and not added and not removed:
             self.problems.append("it has neither a [[feature]] nor an [[edit]]")
-        return Plan(self._text("the plan", document, "name", "plan"), tuple(features), tuple(edits), modules)
+        name = self._text("the plan", document, "name", "plan")
+        return Plan(name, tuple(features), tuple(edits), modules, tuple(added), tuple(removed))
 
     def _feature(self, table: dict[str, Any]) -> PlannedFeature:
         name = self._name("a feature", table, "name", None)
@@ -237,6 +282,45 @@ class _Reader:
         if not sites:
             self.problems.append(f"{where} has no sites")
         return PlannedFeature(name, on_hit, scope, tuple(sites))
+
+    def _edits(
+        self, tables: list[dict[str, Any]]
+    ) -> tuple[list[PlannedEdit], list[PlannedMemory], list[PlannedRemoval]]:
+        """An edit replaces bytes, or has `map` or `unmap`."""
+        mapping = [table for table in tables if "map" in table]
+        unmapping = [table for table in tables if "unmap" in table and "map" not in table]
+        plain = [table for table in tables if "map" not in table and "unmap" not in table]
+        added = [self._memory(table) for table in mapping]
+        return [self._edit(table) for table in plain], added, [self._removal(table) for table in unmapping]
+
+    def _memory(self, table: dict[str, Any]) -> PlannedMemory:
+        self._known("an edit", table, {"at", "map", "protection", "contents", "feature"})
+        at = self._text("an edit", table, "at", None)
+        where = f"edit at {shortened(at)}"
+        size = self._pages(where, table, "map", MAX_ADDED_SIZE)
+        protection = self._text(where, table, "protection", "rw-")
+        if protection not in PROTECTIONS:
+            self.problems.append(f"{where}: protection is one of {', '.join(PROTECTIONS)}")
+        if protection == "r-x" and size > MAX_ADDED_CODE:
+            self.problems.append(f"{where}: code to add has at most {MAX_ADDED_CODE} bytes")
+        contents = self._bytes(where, table, "contents", "")
+        if len(contents) > size:
+            self.problems.append(f"{where}: {len(contents)} bytes of contents in {size} bytes of memory")
+        return PlannedMemory(at, size, protection, contents, self._name(where, table, "feature", EDITS))
+
+    def _removal(self, table: dict[str, Any]) -> PlannedRemoval:
+        self._known("an edit", table, {"at", "unmap", "feature"})
+        at = self._text("an edit", table, "at", None)
+        where = f"edit at {shortened(at)}"
+        size = self._pages(where, table, "unmap", MAX_REMOVED_SIZE)
+        return PlannedRemoval(at, size, self._name(where, table, "feature", EDITS))
+
+    def _pages(self, where: str, table: dict[str, Any], key: str, limit: int) -> int:
+        size = table[key]
+        if type(size) is int and 0 < size <= limit and size % PAGE_SIZE == 0:
+            return size
+        self.problems.append(f"{where}: {key} is a number of bytes in whole pages of {PAGE_SIZE}, at most {limit}")
+        return PAGE_SIZE
 
     def _edit(self, table: dict[str, Any]) -> PlannedEdit:
         self._known("an edit", table, {"at", "old", "new", "feature"})

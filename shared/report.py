@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from dynacut.handlers.table import NO_LIBRARY, Action, Table, TableSite, UserLibrary
+from dynacut.shared.added import is_mapped
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError, printable
 from dynacut.shared.holes import Patched
@@ -40,6 +41,8 @@ class FeatureReport:
     sites: tuple[SiteReport, ...]
     unmapped_pages: int = 0
     """Pages of its code that are not mapped at this moment."""
+    added_bytes: int = 0
+    """Memory that it adds, as far as it is mapped at this moment."""
 
     @property
     def patched(self) -> int:
@@ -48,8 +51,8 @@ class FeatureReport:
 
     @property
     def state(self) -> str:
-        """``disabled`` as soon as a site is patched, else ``enabled``."""
-        return "disabled" if self.patched else "enabled"
+        """``disabled`` as soon as a site is patched, or memory added, else ``enabled``."""
+        return "disabled" if self.patched or self.added_bytes else "enabled"
 
     @property
     def hits(self) -> int:
@@ -67,6 +70,8 @@ class FeatureReport:
         }
         if self.unmapped_pages:
             document["unmapped_pages"] = self.unmapped_pages
+        if self.added_bytes:
+            document["added_bytes"] = self.added_bytes
         if with_sites:
             document["site_list"] = [
                 {
@@ -135,12 +140,15 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
     if table is None:
         return ()
     by_feature: dict[str, list[SiteReport]] = {name: [] for name in table.features}
-    unmapped = dict.fromkeys(table.features, 0)
+    unmapped, added = dict.fromkeys(table.features, 0), dict.fromkeys(table.features, 0)
     view = Patched(target, table)
     holes = {hole.start for hole in view.holes}
     for site in table.sites:
         if site.action is Action.UNMAP:
             unmapped[site.feature] += site.argument // PAGE_SIZE if site.address in holes else 0
+            continue
+        if site.action is Action.MAP:
+            added[site.feature] += site.argument if is_mapped(target, site) else 0
             continue
         by_feature[site.feature].append(
             SiteReport(
@@ -152,7 +160,7 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
                 patched=view.read(site.address, len(site.old)) == site.new,
             )
         )
-    return tuple(FeatureReport(name, tuple(sites), unmapped[name]) for name, sites in by_feature.items())
+    return tuple(FeatureReport(name, tuple(sites), unmapped[name], added[name]) for name, sites in by_feature.items())
 
 
 def _on_hit(site: TableSite, codes: CodeOf) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dynacut.handlers.table import Table, TableSite
+from dynacut.handlers.table import Action, Table, TableSite
+from dynacut.shared.added import in_place, is_mapped
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Patched, holes_to_make
 from dynacut.shared.library import Library
@@ -32,6 +33,9 @@ def disable(plan: Plan, target: Target, table: Table | None, library: Library | 
     resolver = Resolver(plan, target, known_sites, has_library=library is not None or user_of(table).is_in_force)
     wanted = resolver.sites()
     wanted += resolver.idle_pages(wanted)
+    wanted += resolver.removed_pages()
+    added = resolver.added()
+    wanted += [part.entry for part in added]
     replaced = set(plan.feature_names)
     stay = [site for site in known_sites if site.feature not in replaced]
     resolver.check_replaced([site for site in known_sites if site.feature in replaced], wanted)
@@ -58,6 +62,7 @@ def disable(plan: Plan, target: Target, table: Table | None, library: Library | 
         user_of(table),
         _new(library, table),
         unmap=holes_to_make(target, [site for site in sites if site.feature in replaced]),
+        add=tuple(part.segment for part in added if not is_mapped(target, part.entry)),
     )
 
 
@@ -83,6 +88,8 @@ def disable_again(names: Sequence[str], target: Target, table: Table) -> PatchSe
     """
     target = Patched(target, table)
     chosen = [site for site in table.sites if site.feature in names]
+    if any(site.action is Action.MAP and not is_mapped(target, site) for site in chosen):
+        raise DynacutError("the feature adds memory, whose contents only its plan has", "give the plan again by --plan")
     inverse = {edit.address: edit for edit in _restoring(target, chosen)}
     edits = []
     for site in chosen:
@@ -110,9 +117,9 @@ def enable(names: Sequence[str], target: Target, table: Table | None) -> PatchSe
     sites = table.sites if table else ()
     chosen = [site for site in sites if site.feature in names]
     target = Patched(target, table)
-    fill = target.holes_of(chosen)
+    fill, drop = target.holes_of(chosen), in_place(target, chosen)
     edits = outside(_restoring(target, chosen), fill)
-    return PatchSet(edits, HandlerChange.KEEP, features, sites, features, sites, user_of(table), fill=fill)
+    return PatchSet(edits, HandlerChange.KEEP, features, sites, features, sites, user_of(table), fill=fill, drop=drop)
 
 
 def undo(target: Target, table: Table | None) -> PatchSet:
@@ -126,7 +133,8 @@ def undo(target: Target, table: Table | None) -> PatchSet:
     handler = HandlerChange.REMOVE if table else HandlerChange.KEEP
     target = Patched(target, table)
     edits = outside(_restoring(target, sites), target.holes)
-    return PatchSet(edits, handler, (), (), features, sites, user_of(table), fill=target.holes)
+    drop = in_place(target, sites)
+    return PatchSet(edits, handler, (), (), features, sites, user_of(table), fill=target.holes, drop=drop)
 
 
 def _restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ...]:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from dynacut.handlers.table import Action, TableSite
+from dynacut.shared.added import Added, is_mapped
 from dynacut.shared.code import Code, CodeOf
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.functions import FunctionRange
 from dynacut.shared.holes import idle_pages
 from dynacut.shared.on_hit import OnHit
-from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedSite, Scope
-from dynacut.shared.sites import Locator, Place
-from dynacut.shared.target import Target
+from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedRemoval, PlannedSite, Scope
+from dynacut.shared.sites import ABSOLUTE, Locator, Place
+from dynacut.shared.target import PAGE_SIZE, Target
 
 INT3 = b"\xcc"
 
@@ -58,6 +59,53 @@ class Resolver:
                 self._misfit(error)
         return found
 
+    def removed_pages(self) -> list[TableSite]:
+        """The table's entries for the pages of code that the plan unmaps: int3 goes there first, so none is in use."""
+        found = []
+        for removal in self._plan.removed:
+            try:
+                found += self._removal(removal)
+            except (MisfitError, DynacutError) as error:
+                self._misfit(error)
+        return found
+
+    def _removal(self, removal: PlannedRemoval) -> list[TableSite]:
+        place = self._locator.locate(removal.at)
+        start, end = place.address, place.address + removal.size
+        if start % PAGE_SIZE:
+            raise MisfitError(f"{place} is not where a page begins")
+        self._check_code(place)
+        segments = [segment for segment in place.code.elf.segments if segment.executable]
+        if not any(one.offset <= place.offset and place.offset + removal.size <= one.file_end for one in segments):
+            raise MisfitError(f"{place}: {removal.size} bytes reach beyond the code of {place.code.module.path}")
+        if not self._holds_files_bytes(place.code, place.offset, place.offset + removal.size):
+            return []
+        ends = OnHit.parse("terminate")
+        pages = [
+            TableSite(page, removal.feature, ends.action, ends.argument, PAGE_SIZE, old, INT3 * PAGE_SIZE)
+            for page in range(start, end, PAGE_SIZE)
+            if (old := place.code.elf.read(page - place.code.module.base, PAGE_SIZE))
+        ]
+        return [TableSite(start, removal.feature, Action.UNMAP, removal.size, 0, b"", b""), *pages]
+
+    def added(self) -> list[Added]:
+        """The memory that the plan adds, with its place found; what is there already is left out of problems."""
+        found: list[Added] = []
+        for planned in self._plan.added:
+            try:
+                is_absolute = ABSOLUTE.fullmatch(planned.at) is not None
+                address = int(planned.at, 16) if is_absolute else self._locator.locate(planned.at).address
+                added = Added(address, planned)
+                if any(one.address < address + planned.size and address < one.end for one in found):
+                    raise MisfitError(f"{planned.at}: the plan adds memory there twice")
+                known = added.entry in self._known and is_mapped(self._target, added.entry)
+                if not known and (problem := added.problem(self._target)):
+                    raise MisfitError(f"{planned.at}: {problem}")
+                found.append(added)
+            except (MisfitError, DynacutError) as error:
+                self._misfit(error)
+        return found
+
     def idle_pages(self, wanted: Sequence[TableSite]) -> list[TableSite]:
         """The table's entries for the pages that features of scope page leave without code."""
         found = []
@@ -90,7 +138,8 @@ class Resolver:
         """A feature may be given other sites only while its present ones are not patched."""
         stay = set(wanted)
         for site in before:
-            if site not in stay and self._target.read(site.address, len(site.old)) != site.old:
+            is_there = site.action is Action.MAP and is_mapped(self._target, site)
+            if site not in stay and (is_there or self._target.read(site.address, len(site.old)) != site.old):
                 self.misfits.append(
                     f"feature {site.feature!r} is disabled already, with other sites or another action; enable it first"
                 )
@@ -98,7 +147,7 @@ class Resolver:
 
     def check_overlaps(self, sites: Sequence[TableSite]) -> None:
         """No byte may belong to two sites: their old bytes and actions would contradict each other."""
-        for before, after in pairwise(site for site in sites if site.action is not Action.UNMAP):
+        for before, after in pairwise(site for site in sites if site.old):
             if after.address < before.end:
                 self.misfits.append(
                     f"{self._codes.describe(after.address)} ({after.feature}) overlaps "
@@ -160,14 +209,18 @@ class Resolver:
         original = self._original(place, len(edit.old), edit.old)
         return TableSite(place.address, edit.feature, Action.EDIT, 0, len(original), original, edit.new)
 
-    def _check_place(self, place: Place) -> None:
-        """The place must be certain to be the first byte of an instruction in private, executable file memory."""
+    def _check_code(self, place: Place) -> None:
+        """The place must lie in private, executable file memory."""
         module = place.code.module
         mapping = next((part for part in module.mappings if part.start <= place.address < part.end), None)
         if mapping is None or not mapping.executable:
             raise MisfitError(f"{place} is not in the code of {module.path}")
         if mapping.writable or not mapping.private:
             raise MisfitError(f"{place}: its mapping is writable or shared, what is there may change")
+
+    def _check_place(self, place: Place) -> None:
+        """The place must be certain to be the first byte of an instruction in private, executable file memory."""
+        self._check_code(place)
         function = place.code.function_at(place.offset)
         if function is None:
             raise MisfitError(f"{place} lies outside known code: in no function that .eh_frame describes")

@@ -13,7 +13,7 @@ from dynacut.shared.plan import PlannedModule
 
 SYNTAX = "module+0xOFFSET, symbol, symbol+0xOFF, module!symbol, file.c:LINE or 0xADDRESS"
 
-_ABSOLUTE = re.compile(r"0x[0-9a-fA-F]+")
+ABSOLUTE = re.compile(r"0x[0-9a-fA-F]+")
 _LINE = re.compile(r"(?P<file>[^!]+):(?P<line>[0-9]{1,9})")
 _PLACE = re.compile(r"(?:(?P<module>[^!]+)!)?(?P<name>[^!]+?)(?:\+(?P<offset>0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}))?")
 _MAX_LENGTH = 4096
@@ -52,7 +52,7 @@ class Locator:
         site = site.strip()
         if len(site) > _MAX_LENGTH:
             raise DynacutError(f"{site[:60]!r}… is not a site: {len(site)} characters", f"a site is {SYNTAX}")
-        if _ABSOLUTE.fullmatch(site):
+        if ABSOLUTE.fullmatch(site):
             return self._absolute(site)
         if line := _LINE.fullmatch(site):
             return self._line(site, line["file"], int(line["line"]))

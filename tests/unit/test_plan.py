@@ -16,16 +16,20 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP, OnHit
 from dynacut.shared.plan import (
     EDITS,
+    PROTECTIONS,
     Plan,
     PlannedEdit,
     PlannedFeature,
+    PlannedMemory,
     PlannedModule,
+    PlannedRemoval,
     PlannedSite,
     Scope,
     load,
     loads,
     name_problem,
 )
+from dynacut.shared.target import PAGE_SIZE
 
 EXAMPLE = """
     format = 1
@@ -105,7 +109,18 @@ def plans(draw: st.DrawFn) -> Plan:
         for old in draw(st.lists(st.binary(min_size=1, max_size=8), max_size=3))
     ]
     modules = st.builds(PlannedModule, st.one_of(st.just(""), names), st.sampled_from([None, "ab12"]))
-    return Plan(draw(names), tuple(features), tuple(edits), draw(st.dictionaries(names, modules, max_size=2)))
+    pages = st.integers(1, 16).map(lambda count: count * PAGE_SIZE)
+    contents = st.binary(max_size=20)
+    added = st.builds(PlannedMemory, names, pages, st.sampled_from(PROTECTIONS), contents, names)
+    removed = st.builds(PlannedRemoval, names, pages, names)
+    return Plan(
+        draw(names),
+        tuple(features),
+        tuple(edits),
+        draw(st.dictionaries(names, modules, max_size=2)),
+        tuple(draw(st.lists(added, max_size=2))),
+        tuple(draw(st.lists(removed, max_size=2))),
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -171,6 +186,15 @@ def test_only_some_features_can_be_chosen() -> None:
         ("format = 1\n[[edit]]\nat = 'a'\nold = 'x'\nnew = '01'", "edit at a: old is not bytes in hexadecimal"),
         ("format = 1\n[[edit]]\nat = 'a'\nold = '00'\nnew = '01'\nkind = 1", "an edit: unknown key 'kind'"),
         ("format = 1\n[[edit]]\nat = 'a'\nold = '00'\nnew = '01'\nfeature = ''", "edit at a: feature is not a text"),
+        ("format = 1\n[[edit]]\nat = 'a'\nmap = 100", "edit at a: map is a number of bytes in whole pages of 4096"),
+        ("format = 1\n[[edit]]\nat = 'a'\nmap = '4096'", "edit at a: map is a number of bytes"),
+        ("format = 1\n[[edit]]\nat = 'a'\nmap = 4096\nprotection = 'rwx'", "edit at a: protection is one of r--"),
+        ("format = 1\n[[edit]]\nat = 'a'\nmap = 4096\ncontents = '0'", "edit at a: contents is not bytes"),
+        (f"format = 1\n[[edit]]\nat = 'a'\nmap = 4096\ncontents = '{'00' * 4097}'", "4097 bytes of contents in 4096"),
+        ("format = 1\n[[edit]]\nat = 'a'\nmap = 4096\nold = '00'", "an edit: unknown key 'old'"),
+        ("format = 1\n[[edit]]\nat = 'a'\nmap = 4096\nunmap = 4096", "an edit: unknown key 'unmap'"),
+        ("format = 1\n[[edit]]\nat = 'a'\nunmap = 0", "edit at a: unmap is a number of bytes in whole pages"),
+        ("format = 1\n[[edit]]\nat = 'a'\nunmap = true", "edit at a: unmap is a number of bytes in whole pages"),
         ("format = ", "not TOML"),
         ("\0", "not TOML"),
         ("format = 1\nformat = 1", "not TOML"),
