@@ -283,7 +283,7 @@ def _touches_held_pages(process: ImageProcess) -> bool:
     for start, end in _runs(memory.written):
         if any(not extent.in_parent for extent in memory.pages.within(start, end)):
             return True
-    if not memory.vmas_changed:
+    if not memory.unmapped:
         return False
     kept = sum(extent.end - extent.start for extent in memory.extents() if not extent.in_parent)
     return kept != memory.pages.size

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +125,22 @@ class ImageFolder:
             DynacutError: it is not an image file of this type, cut off, or has more messages than the limit.
         """
         data = self.read(name)
+        for start, end in self._places(name, data, magic, limit):
+            yield data[start:end]
+
+    def framed_messages(self, name: str, magic: int, limit: int) -> tuple[bytes, array[int]]:
+        """The contents of an image file, and where in it each message begins with its length; last, where they end.
+
+        Raises:
+            DynacutError: as messages().
+        """
+        data = self.read(name)
+        starts = array("Q", (start - 4 for start, _ in self._places(name, data, magic, limit)))
+        starts.append(len(data))
+        return data, starts
+
+    def _places(self, name: str, data: bytes, magic: int, limit: int) -> Iterator[tuple[int, int]]:
+        """Where each message begins and ends, its length left out."""
         if len(data) < 8 or struct.unpack_from("<II", data) != (IMAGE_MAGIC, magic):
             raise self.broken(name, "its magic number is not that of such an image")
         position, end, count = 8, len(data), 0
@@ -137,7 +154,7 @@ class ImageFolder:
             position += 4
             if length > end - position:
                 raise self.broken(name, f"a message of {length} bytes at {position:#x} does not end in the file")
-            yield data[position : position + length]
+            yield position, position + length
             position += length
 
     def parse(self, name: str, magic: int, kind: Message) -> list[Message]:
@@ -196,11 +213,13 @@ class ImageFolder:
 
 def packed(magic: int, messages: Sequence[Message | bytes]) -> bytes:
     """The contents of an image file with these messages, as such or serialized."""
-    parts = [struct.pack("<II", IMAGE_MAGIC, magic)]
-    for message in messages:
-        data = message if isinstance(message, bytes) else message.SerializeToString()
-        parts += (_WORD.pack(len(data)), data)
-    return b"".join(parts)
+    return b"".join([struct.pack("<II", IMAGE_MAGIC, magic), *map(framed, messages)])
+
+
+def framed(message: Message | bytes) -> bytes:
+    """A message, as such or serialized, with its length before it."""
+    data = message if isinstance(message, bytes) else message.SerializeToString()
+    return _WORD.pack(len(data)) + data
 
 
 def copy_range(source: int, output: int, offset: int, size: int) -> int:

@@ -113,7 +113,8 @@ def read_vma(message: Message, files: Callable[[int], ImageFile | None]) -> Vma:
 class Memory:
     """VMAs, ascending, with their contents; reading and writing as the process would see it.
 
-    vmas, written and removed say what has been changed: written maps the address of a page to its new bytes.
+    What has been changed: written maps the address of a page to its new bytes; vmas_changed; unmapped, whether pages
+    were taken away.
     """
 
     def __init__(self, label: str, vmas: Sequence[Vma], pages: Pages, folder: ImageFolder, root: str) -> None:
@@ -122,6 +123,7 @@ class Memory:
         self.pages = pages
         self.written: dict[int, bytes] = {}
         self.vmas_changed = False
+        self.unmapped = False
         self._label = label
         self._folder = folder
         self._root = root
@@ -290,13 +292,16 @@ class Memory:
             if end < last:
                 kept.append(vma.part(end, last))
         self.vmas = kept
-        self.vmas_changed = True
+        self.vmas_changed = self.unmapped = True
         self._index()
         for page in [page for page in self.written if start <= page < end]:
             del self.written[page]
 
     def extents(self) -> Iterator[Extent]:
         """The pages of the image that are still mapped, as its own directory holds them, ascending."""
+        if not self.unmapped:  # each of them lies in a VMA, or the image would have been refused
+            yield from self.pages.extents
+            return
         for vma in self.vmas:
             yield from self.pages.within(vma.mapping.start, vma.mapping.end)
 

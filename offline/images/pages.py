@@ -6,9 +6,10 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
-from dynacut.offline.images.files import ImageFolder, copy_range, packed
+from dynacut.offline.images.files import ImageFolder, copy_range, framed, packed
 from dynacut.offline.images.schema import Message, PagemapEntry, PagemapHead
 from dynacut.shared.target import PAGE_SIZE
 
@@ -64,11 +65,14 @@ class Pages:
         self.folder = folder
         self.name = f"pagemap-{name}.img"
         self._key = name
-        messages = folder.messages(self.name, PAGEMAP_MAGIC, _MAX_EXTENTS)
+        self._data, self._places = folder.framed_messages(self.name, PAGEMAP_MAGIC, _MAX_EXTENTS)
+        messages = (self._data[start + 4 : end] for start, end in pairwise(self._places))
         self.head = _head(folder, self.name, messages)
-        self.extents = list(self._read_extents(messages))
+        self.extents: list[Extent] = []
+        self.size = 0
+        self._inherited: list[Extent] = []
+        self._read_extents(messages)
         self._starts = [extent.start for extent in self.extents]
-        self.size = sum(extent.end - extent.start for extent in self.extents if not extent.in_parent)
         self._file: int | None = None
         self.parent: Pages | None = None
         try:
@@ -78,10 +82,11 @@ class Pages:
             self.close()
             raise
 
-    def _read_extents(self, messages: Iterator[bytes]) -> Iterator[Extent]:
+    def _read_extents(self, messages: Iterator[bytes]) -> None:
         offset = last = 0
+        decode, add = self.folder.decode, self.extents.append
         for data in messages:
-            entry = self.folder.decode(self.name, PagemapEntry, data)
+            entry = decode(self.name, PagemapEntry, data)
             flags, count, in_parent = entry.flags, entry.nr_pages, entry.in_parent
             if not flags and not entry.HasField("flags"):  # before CRIU 2.7
                 flags = 0 if in_parent else PRESENT
@@ -94,13 +99,15 @@ class Pages:
                 raise self.folder.broken(self.name, f"its entry for {start:#x}, {count} pages, overlaps or is no range")
             last = end
             place = flags & (PARENT | PRESENT)
-            if place == PARENT:
-                yield Extent(start, end, -1, flags)
-            elif place == PRESENT:
-                yield Extent(start, end, offset, flags)
+            if place == PRESENT:
+                add(Extent(start, end, offset, flags))
                 offset += end - start
+            elif place == PARENT:
+                add(Extent(start, end, -1, flags))
+                self._inherited.append(self.extents[-1])
             else:  # a dump by --lazy-pages may leave pages in the process that was dumped
                 raise self.folder.broken(self.name, f"the pages at {start:#x} are not in one place")
+        self.size = offset
 
     @property
     def pages_id(self) -> int:
@@ -123,8 +130,7 @@ class Pages:
                 )
 
     def _open_parent(self) -> None:
-        inherited = [extent for extent in self.extents if extent.in_parent]
-        if not inherited:
+        if not self._inherited:
             return
         folder = self.folder.parent()
         if folder is None:
@@ -134,7 +140,7 @@ class Pages:
         except BaseException:
             folder.close()
             raise
-        for extent in inherited:  # CRIU would look for a missing one for ever
+        for extent in self._inherited:  # CRIU would look for a missing one for ever
             self.parent.all_within(extent.start, extent.end)
 
     def close(self) -> None:
@@ -219,42 +225,56 @@ class Pages:
 
         What mappings or written pages have cut an entry into is joined again where it still belongs together.
         """
-        joined: list[Extent] = []
-        for extent in extents:
-            last = joined[-1] if joined else None
-            if (
-                last is not None
-                and extent.start not in self._positions
-                and last.end == extent.start
-                and last.flags == extent.flags
-                and ((last.in_parent and extent.in_parent) or last.offset + last.end - last.start == extent.offset)
-            ):
-                joined[-1] = last._replace(end=extent.end)
-            else:
-                joined.append(extent)
         head = PagemapHead()
         head.CopyFrom(self.head)
         head.pages_id = pages_id
-        return packed(PAGEMAP_MAGIC, [head, *map(self._entry, joined)])
+        parts = [packed(PAGEMAP_MAGIC, [head])]
+        first = stop = 0  # a run of entries that stay as they are, by their positions: as a rule nearly all of them
+        last: Extent | None = None
+        for extent in extents:
+            position = self._positions.get(extent.start, -1)
+            if position >= 0 and self.extents[position] is extent:
+                if last is not None:
+                    parts.append(self._entry(last))
+                    last = None
+                if position != stop:
+                    parts.append(self._entries(first, stop))
+                    first = position
+                stop = position + 1
+                continue
+            parts.append(self._entries(first, stop))
+            first = stop = 0
+            if last is not None and position < 0 and _belong_together(last, extent):
+                last = last._replace(end=extent.end)
+                continue
+            if last is not None:
+                parts.append(self._entry(last))
+            last = extent
+        parts.append(self._entry(last) if last is not None else self._entries(first, stop))
+        return b"".join(parts)
 
-    def _entry(self, extent: Extent) -> Message | bytes:
-        """The entry for an extent, as it is in the file if it is there."""
-        position = self._positions.get(extent.start)
-        if position is not None:
-            before = self.extents[position]
-            if (before.end, before.flags) == (extent.end, extent.flags):
-                return self._entries[position]
-        return extent.message()
+    def _entry(self, extent: Extent) -> bytes:
+        """The entry for an extent with its length, as it is in the file if it is there."""
+        position = self._positions.get(extent.start, -1)
+        if position >= 0 and self.extents[position][:2] == extent[:2] and self.extents[position].flags == extent.flags:
+            return self._entries(position, position + 1)
+        return framed(extent.message())
 
-    @cached_property
-    def _entries(self) -> list[bytes]:
-        """The entries as they are in the file."""
-        return list(self.folder.messages(self.name, PAGEMAP_MAGIC, _MAX_EXTENTS))[1:]
+    def _entries(self, first: int, stop: int) -> bytes:
+        """Some entries with their lengths as they are in the file; the head is not counted."""
+        return self._data[self._places[first + 1] : self._places[stop + 1]]
 
     @cached_property
     def _positions(self) -> dict[int, int]:
         """Which entry begins at an address, by that address."""
         return {start: position for position, start in enumerate(self._starts)}
+
+
+def _belong_together(one: Extent, after: Extent) -> bool:
+    """Whether one entry can describe both."""
+    if one.end != after.start or one.flags != after.flags:
+        return False
+    return (one.in_parent and after.in_parent) or one.offset + one.end - one.start == after.offset
 
 
 def pages_name(pages_id: int) -> str:

@@ -128,15 +128,17 @@ class ImageProcess:
 
     def _check_pages(self) -> None:
         """Every page lies in a VMA; CRIU would fail half-way through otherwise."""
-        position, vmas = 0, self.memory.vmas
+        ranges = [(vma.mapping.start, vma.mapping.end) for vma in self.memory.vmas]
+        position, (first, last) = 0, ranges[0] if ranges else (0, 0)
         for extent in self.memory.pages.extents:
-            start = extent.start
-            while start < extent.end:
-                while position < len(vmas) and vmas[position].mapping.end <= start:
-                    position += 1
-                if position == len(vmas) or start < vmas[position].mapping.start:
+            start, end = extent.start, extent.end
+            while not (first <= start and end <= last):
+                if first <= start < last:
+                    start = last  # it goes on in the next one
+                position += 1
+                if position >= len(ranges) or start < first:
                     raise self._folder.broken(self.memory.pages.name, f"the page at {start:#x} lies in no VMA")
-                start = vmas[position].mapping.end
+                first, last = ranges[position]
 
     @property
     def mm_name(self) -> str:
