@@ -201,8 +201,14 @@ class Patcher:
     def _drop(self, patches: PatchSet) -> None:
         """Unmaps memory that was added, in which no thread is any more."""
         found = find_region(self.process, self.magic) if patches.drop else None
-        if found is not None:
+        if found is None:
+            return
+        try:
             self._remote.unmap(found.region, patches.drop)
+        except DynacutError as error:
+            if error.status is ExitStatus.REFUSED:  # what was refused is a part; the bytes are changed
+                error.status = ExitStatus.CHECK_FAILED
+            raise
 
     def _undo(self, patches: PatchSet) -> None:
         self._fill(patches)
