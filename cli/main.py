@@ -16,7 +16,7 @@ STARTED = time.perf_counter()
 _COMMANDS = {
     "live": "live",
     "offline": "offline",
-    "trace": "trace",
+    "trace": "trace.command",
     "plan": "plan",
     "checkpoint": "checkpoint",
     "restore": "restore",

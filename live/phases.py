@@ -6,6 +6,8 @@ import os
 import re
 import socket
 import struct
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 from dynacut.shared.errors import DynacutError, ExitStatus
@@ -22,6 +24,14 @@ def check_phase_name(name: str) -> str:
 
 def _address(pid: int) -> bytes:
     return b"\0dynacut-trace-%d" % pid
+
+
+@dataclass(frozen=True)
+class PhaseRequest:
+    """Somebody's wish that a phase begins; sender: the address to tell when it has."""
+
+    name: str
+    sender: bytes
 
 
 class PhaseListener:
@@ -48,10 +58,10 @@ class PhaseListener:
         """For select()."""
         return self._socket.fileno()
 
-    def receive(self) -> str | None:
-        """The name of the phase that somebody asked for; None if nobody did, or nobody who may."""
+    def receive(self) -> PhaseRequest | None:
+        """What somebody asks for; None if nobody does, or nobody who may."""
         try:
-            data, control, _, _ = self._socket.recvmsg(64, socket.CMSG_SPACE(12))
+            data, control, _, sender = self._socket.recvmsg(64, socket.CMSG_SPACE(12))
         except BlockingIOError:
             return None
         uids = [
@@ -60,19 +70,33 @@ class PhaseListener:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS
         ]
         name = data.decode(errors="replace")
-        return name if uids and uids[0] in (0, os.geteuid()) and _NAME.fullmatch(name) else None
+        if not (uids and uids[0] in (0, os.geteuid()) and _NAME.fullmatch(name)):
+            return None
+        return PhaseRequest(name, sender or b"")
+
+    def answer(self, request: PhaseRequest, text: str) -> None:
+        """Tells who has asked that the phase has begun."""
+        with suppress(OSError):  # it may have given up waiting
+            self._socket.sendto(text.encode(), request.sender)
 
 
-def begin_phase(pid: int, name: str) -> None:
-    """Tells the trace of a process that a phase begins.
+def begin_phase(pid: int, name: str, *, timeout: float = 60.0) -> str:
+    """Tells the trace of a process that a phase begins, and waits until it has: what is hit from now on is of it.
+
+    Returns what the trace says of the phase that has ended.
 
     Raises:
-        DynacutError: the process is not being traced.
+        DynacutError: the process is not being traced, or the trace does not answer in time (seconds).
     """
     check_phase_name(name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.bind("")  # the kernel finds an abstract name: unix(7), autobind
+        client.settimeout(timeout)
         try:
             client.sendto(name.encode(), _address(pid))
+            return client.recv(4096).decode(errors="replace")
+        except TimeoutError:
+            raise DynacutError(f"the trace of process {pid} does not answer", "look at its terminal") from None
         except OSError:
             raise DynacutError(
                 f"process {pid} is not being traced", "start `dynacut trace --pid P -o FILE` in another terminal"

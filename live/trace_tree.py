@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -36,6 +37,11 @@ class TreeTrace(Trace):
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether any of them, or what they have forked, still runs."""
+        return super().is_running or any(trace.is_running for trace in self._others)
 
     @property
     def armed(self) -> int:
@@ -87,6 +93,13 @@ class TreeTrace(Trace):
     def poll(self) -> int:
         """How many blocks were hit in this phase so far; once for each process that hit them."""
         return super().poll() + sum(trace.poll() for trace in self._others)
+
+    def poll_modules(self) -> dict[str, int]:
+        """The same by module, by its path."""
+        total = Counter(super().poll_modules())
+        for trace in self._others:
+            total.update(trace.poll_modules())
+        return dict(total)
 
     def coverage(self) -> Coverage:
         """The blocks that any process hit in this phase."""

@@ -21,6 +21,7 @@ _AT_BASE = 7
 # mov $14, %eax (__NR_rt_sigprocmask), then not far off syscall: whoever blocks signals without asking the C library.
 _OWN_SIGPROCMASK = re.compile(rb"\xb8\x0e\0\0\0.{0,32}?\x0f\x05", re.DOTALL)
 _MASKING_IMPORTS = re.compile(rb"\0(?:pthread_sigmask|sigprocmask)\0")
+_SETTING_IMPORTS = re.compile(rb"\0(?:pthread_sigmask|sigprocmask|sigaction|sigsuspend)\0")
 
 
 def obstacle(process: Process, module: Module) -> str:
@@ -43,6 +44,17 @@ def changes_masks(module: Module) -> bool:
     elf = Code(module).elf
     names = elf.section(".dynstr")
     return names is not None and _MASKING_IMPORTS.search(elf.contents(names)) is not None
+
+
+def may_block_all_signals(module: Module) -> bool:
+    """Whether a module's own code may block all signals some time: it asks for a full set of them, and sets masks.
+
+    Threads and handlers that do so already are seen to when blocks are armed (masks.py); not those that come later.
+    """
+    elf = Code(module).elf
+    names = elf.section(".dynstr")
+    contents = bytes(elf.contents(names)) if names is not None else b""
+    return b"\0sigfillset\0" in contents and _SETTING_IMPORTS.search(contents) is not None
 
 
 def without_untraceable(process: Process, modules: Iterable[Module]) -> tuple[list[Module], list[Module]]:

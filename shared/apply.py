@@ -33,6 +33,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole, Patched
 from dynacut.shared.library import Library, LibrarySegment
 from dynacut.shared.occupancy import NO_FRAMES, Occupancy, SignalFrames
+from dynacut.shared.page_reader import PageReader
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.region import (
     Region,
@@ -229,7 +230,7 @@ def check_written(target: Target, patches: PatchSet) -> None:
     found = find_region(target) if patches.unmap else None
     # A block to be learned may have been put back by its first hit already.
     learned = {site.address: site.old for site in patches.sites if site.action is Action.LEARN}
-    reader = Patched(target, found.table if found else None)
+    reader = PageReader(Patched(target, found.table if found else None))
     wrong = [
         edit
         for edit in patches.edits

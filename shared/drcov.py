@@ -8,6 +8,7 @@ ext/drcovlib/drcovlib.h.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -234,12 +235,9 @@ def write(path: Path, coverage: Coverage, extents: Mapping[str, tuple[int, int]]
     drcov cannot hold the coverage: 65535 modules, offsets below 4 GiB.
     """
     data = _packed(coverage, extents or {})
-    target = Path(os.path.realpath(path))  # a link, such as /dev/stdout, must not be replaced itself
+    target = _target(path)
     temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(target.stat().st_mode):
-                raise DynacutError(f"{path} is not a regular file", "write the log to a file")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, 0o666)
         try:
@@ -251,8 +249,33 @@ def write(path: Path, coverage: Coverage, extents: Mapping[str, tuple[int, int]]
                 temporary.unlink()
             raise
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise DynacutError(f"cannot write {path}: {reason}", "check the folder, its permissions and space") from error
+        raise _unwritable(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """Returns if a log can be written there, as far as can be told beforehand; DynacutError if it cannot."""
+    folder = _target(path).parent
+    if not folder.is_dir():
+        raise _unwritable(path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _target(path: Path) -> Path:
+    """Where a log is to be written: a link, such as /dev/stdout, must not be replaced itself."""
+    try:
+        target = Path(os.path.realpath(path))
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(target.stat().st_mode):
+                raise DynacutError(f"{path} is not a regular file", "write the log to a file")
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+    return target
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> DynacutError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    return DynacutError(f"cannot write {path}: {reason}", "check the folder, its permissions and space")
 
 
 def _packed(coverage: Coverage, extents: Mapping[str, tuple[int, int]]) -> bytes:

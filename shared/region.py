@@ -110,6 +110,26 @@ def find_region(target: Target, magic: bytes = MAGIC) -> FoundRegion | None:
     return best
 
 
+def find_layout(target: Target, magic: bytes = MAGIC) -> tuple[Region, Layout] | None:
+    """The region of a kind that is in force, with its table's layout: cheaper than find_region() by the sites.
+
+    Raises:
+        DynacutError: there is a table, but of another version or damaged.
+    """
+    best: tuple[int, Region, Layout] | None = None
+    for region, head in _regions(target, magic):
+        if not head.startswith(magic) or head[VERSION_OFFSET:] == bytes(4):
+            continue
+        header = target.read(region.table, HEADER_SIZE)
+        try:
+            layout = Table.layout_of(header)
+        except TableError as error:
+            raise _unusable(target, region, error) from error
+        if best is None or Table.serial_of(header) > best[0]:
+            best = Table.serial_of(header), region, layout
+    return best[1:] if best else None
+
+
 def has_region(target: Target, magic: bytes = MAGIC) -> bool:
     """Whether a region of a kind is mapped, filled or not; cheaper than find_region()."""
     return any(head.startswith(magic) for _, head in _regions(target, magic))
@@ -163,10 +183,14 @@ def read_table(target: Target, region: Region) -> Table:
         layout = Table.layout_of(target.read(region.table, HEADER_SIZE))
         return Table.parse(target.read(region.table, layout.total_size), region.table)
     except TableError as error:
-        raise DynacutError(
-            f"the table in {target.label} at {region.table:#x} cannot be used: {error}",
-            "use the version of dynacut that patched the process, or restart the process",
-        ) from None
+        raise _unusable(target, region, error) from None
+
+
+def _unusable(target: Target, region: Region, error: TableError) -> DynacutError:
+    return DynacutError(
+        f"the table in {target.label} at {region.table:#x} cannot be used: {error}",
+        "use the version of dynacut that patched the process, or restart the process",
+    )
 
 
 def choose_address(target: Target, layout: Layout, taken: range = range(0)) -> Region:

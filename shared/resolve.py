@@ -9,6 +9,7 @@ from dynacut.shared.added import in_place, is_mapped
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Patched, holes_to_make
 from dynacut.shared.library import Library
+from dynacut.shared.page_reader import PageReader
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet, outside
 from dynacut.shared.plan import Plan
 from dynacut.shared.region import user_of
@@ -140,8 +141,9 @@ def undo(target: Target, table: Table | None) -> PatchSet:
 def _restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ...]:
     edits = []
     strange = []
+    reader = PageReader(target)
     for site in sites:
-        found = target.read(site.address, len(site.old))
+        found = reader.read(site.address, len(site.old))
         if found == site.old:
             continue
         if all(byte in (old, new) for byte, old, new in zip(found, site.old, site.new, strict=True)):

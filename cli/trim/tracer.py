@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynacut.cli.trim.service import Service, end
+from dynacut.cli.trim.service import Service, end, is_alive
 from dynacut.shared.errors import DynacutError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class PhaseTracer:
             held.release(process)
             trace.note(held.entry)
             self.tell("waiting until the program is ready")
-            self.service.await_ready(seen, lambda: trace.is_running)
+            self.service.await_ready(seen, lambda: is_alive(held.pid))
             self._await_quiet(trace)
             init = trace.next_phase()
             passes = self._work(trace, held.pid)

@@ -17,7 +17,7 @@ import pytest
 
 from .conftest import Dynacut
 from .load import Load
-from .servers import Redis, wait_until
+from .servers import Redis
 from .test_trace import begin
 from .tracer import Tracer
 from .untouched import Snapshot
@@ -126,4 +126,5 @@ def _kill_one(dynacut: Dynacut, redis: Redis, load: Load, log: Path) -> None:
         os.kill(tracer.process.pid, signal.SIGKILL)
     load.wait_for(3, _PATIENCE)
     assert redis.is_running(), redis.log
-    wait_until(lambda: redis.command("PING") == "PONG", "an answer", _PATIENCE)
+    with redis.connect(_PATIENCE) as connection:  # four io-threads and whatever else the machine does: slow is not dead
+        assert connection.command("PING") == "PONG"

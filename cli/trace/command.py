@@ -1,0 +1,124 @@
+"""dynacut trace: block coverage of a running process, or of a program from its start; and sets of such coverage."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynacut.cli import show
+from dynacut.cli.console import print_json
+from dynacut.cli.trace.sets import OPERATIONS, add_options, combine
+from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.shared.report import SCHEMA
+
+if TYPE_CHECKING:
+    from dynacut.shared.coverage import Coverage
+
+HELP = "collect block coverage of a running process (drcov)"
+DESCRIPTION = (
+    "Collect block coverage of a running process, or of a program from its start, as drcov logs. A phase (start-up, "
+    "wanted requests, unwanted ones) ends when the next one begins; each has a log of its own."
+)
+EPILOG = """examples:
+  dynacut trace --pid 4711 -o redis.drcov --phase-name wanted      ends with Ctrl-C
+  dynacut trace --pid 4711 --phase unwanted                        in another terminal: the next phase begins
+  dynacut trace -o nginx.drcov --ready-port 80 --for 60 -- nginx -g 'daemon off;'
+  dynacut trace --subtract unwanted.drcov wanted.drcov -o set.drcov
+  dynacut trace --show redis.start.drcov redis.wanted.drcov --html redis.html
+"""
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--pid", type=int, metavar="P", help="the process")
+    parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="the log; with phases: FILE.PHASE.drcov")
+    what = parser.add_argument_group("what to trace")
+    what.add_argument("--module", action="append", default=[], metavar="M", help="this one (default: the executable)")
+    what.add_argument("--all-modules", action="store_true", help="every module, but those that block signals")
+    what.add_argument("--tree", action="store_true", help="also the descendants that run already, such as workers")
+    end = parser.add_argument_group("when to end (default: Ctrl-C)")
+    end.add_argument("--for", dest="seconds", type=float, metavar="S", help="after S seconds")
+    end.add_argument("--until-exit", action="store_true", help="when the process ends, and no sooner but by Ctrl-C")
+    end.add_argument("--until-quiet", type=float, metavar="S", help="when for S seconds no new block was hit")
+    phases = parser.add_argument_group("phases")
+    phases.add_argument("--phase-name", default="start", metavar="NAME", help="of the first phase (default: start)")
+    phases.add_argument("--phase", metavar="NAME", help="tell the trace that runs on --pid that this phase begins")
+    phases.add_argument("--ready-port", type=int, metavar="N", help="phase `serving` begins when TCP port N answers")
+    phases.add_argument(
+        "--ready-log",
+        nargs="+",
+        metavar="[FILE] REGEX",
+        help="… when a line like REGEX is written to FILE, or to the file that the program's output goes to",
+    )
+    add_options(parser)
+    show.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD …", help="the program to start")
+
+
+def run(arguments: argparse.Namespace) -> ExitStatus:
+    """Traces, names a phase, combines logs, or draws them."""
+    sets = [name for name in OPERATIONS if getattr(arguments, name)]
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if len(sets) + (arguments.pid is not None) + bool(command) + bool(arguments.show) != 1:
+        raise _usage("give one of --pid, -- CMD, --merge, --intersect, --subtract, --show")
+    if arguments.html and not arguments.show:
+        raise _usage("--html needs --show")
+    if arguments.normalise and not sets:
+        raise _usage("--normalise belongs to --merge, --intersect or --subtract")
+    if arguments.show:
+        if arguments.output:
+            raise _usage("--show writes no log; --html FILE writes the picture")
+        return show.run(arguments)
+    if arguments.phase:
+        return _begin_phase(arguments)
+    if sets:
+        if arguments.output is None:
+            raise _usage("-o FILE is missing")
+        _report(arguments, {"result": (arguments.output, combine(arguments, sets[0]))})
+        return ExitStatus.DONE
+    from dynacut.cli.trace.session import Session, check_options
+
+    check_options(arguments)
+    _report(arguments, Session(arguments, command).run())
+    return ExitStatus.DONE
+
+
+def _begin_phase(arguments: argparse.Namespace) -> ExitStatus:
+    from dynacut.live.phases import begin_phase
+
+    if arguments.pid is None:
+        raise _usage("--phase needs --pid")
+    said = begin_phase(arguments.pid, arguments.phase)
+    if arguments.json:
+        print_json({"schema": SCHEMA, "phase": arguments.phase})
+    elif not arguments.quiet:
+        print(printable(said))
+    return ExitStatus.DONE
+
+
+def _report(arguments: argparse.Namespace, logs: dict[str, tuple[Path, Coverage]]) -> None:
+    if arguments.json:
+        phases = [
+            {
+                "phase": name,
+                "file": str(path),
+                "blocks": coverage.count,
+                "modules": [
+                    {"name": module.name, "path": module.path, "blocks": module.count, "bytes": module.size_bytes}
+                    for module in coverage.modules
+                ],
+            }
+            for name, (path, coverage) in logs.items()
+        ]
+        print_json({"schema": SCHEMA, "phases": phases})
+    elif not arguments.quiet:
+        for name, (path, coverage) in logs.items():
+            print(f"{name}: {coverage.count:,} blocks, {coverage.size_bytes:,} bytes → {path}")
+
+
+def _usage(problem: str) -> DynacutError:
+    return DynacutError(problem, "see dynacut trace --help", status=ExitStatus.USAGE)

@@ -1,0 +1,78 @@
+"""What a trace finds while it runs: one line on a terminal, elsewhere a line for each phase."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+
+from dynacut.shared.errors import printable
+
+_CLEAR_LINE = "\r\x1b[K"
+_RATE_SECONDS = 1.0
+"""New blocks per second are those of so many last seconds."""
+_WORTH_SAYING = 2.0
+"""Seconds without a new block."""
+
+
+class Progress:
+    """Blocks of the phase that runs. names: what to call each module, by its path; one needs no name."""
+
+    def __init__(self, names: Mapping[str, str], *, shown: bool) -> None:
+        self._names = names
+        self._shown = shown
+        self._is_terminal = sys.stderr.isatty()
+        self._seen: deque[tuple[float, int]] = deque()
+        self._modules = ""
+        self.last_new = time.monotonic()
+        """When a new block was last seen, or the phase began."""
+
+    def begin(self) -> None:
+        """A phase begins: nothing is found yet."""
+        self._seen.clear()
+        self._modules = ""
+        self.last_new = time.monotonic()
+
+    def is_new(self, blocks: int) -> bool:
+        """Notes how many blocks the phase has; whether these are other ones than at the last time."""
+        now = time.monotonic()
+        before = self._seen[-1][1] if self._seen else 0
+        self._seen.append((now, blocks))
+        while len(self._seen) > 2 and self._seen[1][0] < now - _RATE_SECONDS:
+            self._seen.popleft()
+        if blocks != before:
+            self.last_new = now
+        return blocks != before
+
+    def show(self, phase: str, modules: Mapping[str, int] | None) -> None:
+        """Shows what was noted last. modules: blocks by path; None: as before."""
+        if not (self._shown and self._is_terminal and self._seen):
+            return
+        if modules is not None:
+            self._modules = self.by_module(modules)
+        now, blocks = self._seen[-1]
+        then, before = self._seen[0]
+        rate = (blocks - before) / (now - then) if now > then else 0.0
+        quiet = now - self.last_new
+        news = f"nothing new for {quiet:.0f} s" if quiet > _WORTH_SAYING else f"{rate:,.0f} new per second"
+        line = f"phase {phase}: {blocks:,} blocks{self._modules}, {news}"
+        print(f"{_CLEAR_LINE}{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+
+    def by_module(self, modules: Mapping[str, int]) -> str:
+        """` (redis-server 812, libssl.so.3 45)`, the most first; empty where there is one module only."""
+        if len(self._names) < 2:
+            return ""
+        most_first = sorted(modules.items(), key=lambda item: -item[1])
+        return f" ({', '.join(f'{printable(self._names[path])} {count:,}' for path, count in most_first if count)})"
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self._shown:
+            print(f"{_CLEAR_LINE if self._is_terminal else ''}{line}", file=sys.stderr, flush=True)
+
+    def say_for_now(self, line: str) -> None:
+        """A line that goes with the next one; nothing where there is no terminal."""
+        if self._shown and self._is_terminal:
+            print(f"{_CLEAR_LINE}{line}", end="", file=sys.stderr, flush=True)
