@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynacut.cli import plan_startup
-from dynacut.cli.console import print_json, print_table
+from dynacut.cli.console import print_json
+from dynacut.cli.plan_shown import Findings, document, print_findings
 from dynacut.cli.plan_startup import read_union, usage, write_plan
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.plan import name_problem
-from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.live.trial import Trial
-    from dynacut.shared.suggest import Difference, Suggestion
+    from dynacut.shared.suggest import Suggestion
 
 HELP = "find the blocks of a feature and a way to switch it off, or start-up code"
 DESCRIPTION = (
@@ -31,7 +31,6 @@ EPILOG = """examples:
   dynacut plan --init redis.start.drcov --serving redis.serving.drcov -o startup.toml
   dynacut plan --plan startup.toml --keep learned.drcov --on-hit terminate -o final.toml
 """
-_SHOWN = 8
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -89,11 +88,12 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     chosen = suggestions[0]
     if arguments.tried:
         chosen, trials = _try(arguments, command, suggestions)
-    _write(arguments, chosen, trials)
+    _write(arguments, suggestions, chosen, trials)
+    findings = Findings(differences, suggestions, chosen, trials)
     if arguments.json:
-        print_json(_document(arguments, differences, suggestions, chosen, trials))
+        print_json(document(arguments, findings))
     elif not arguments.quiet:
-        _print(arguments, differences, chosen, trials)
+        print_findings(arguments, findings)
     return ExitStatus.DONE
 
 
@@ -136,56 +136,25 @@ def _try(
     raise DynacutError(
         f"none of {len(trials)} ways worked",
         "record more wanted requests, or try more ways by --trials",
-        details=[f"{index}. {trial.verdict}" for index, trial in enumerate(trials, 1)],
+        details=[
+            f"{index}. {way.entry} → {way.destination}: {trial.verdict}"
+            for index, (way, trial) in enumerate(zip(suggestions, trials, strict=False), 1)
+        ],
     )
 
 
-def _write(arguments: argparse.Namespace, chosen: Suggestion, trials: list[Trial]) -> None:
+def _write(
+    arguments: argparse.Namespace, suggestions: list[Suggestion], chosen: Suggestion, trials: list[Trial]
+) -> None:
     lines = [chosen.candidate.reason]
     if trials:
         lines.append(f"Tried: way {len(trials)} of those found works.")
         lines += [f"  probe, shall fail:    {probe}" for probe in arguments.probe_unwanted]
         lines += [f"  probe, shall succeed: {probe}" for probe in arguments.probe_wanted]
-        lines += [f"  {index}. {trial.verdict}" for index, trial in enumerate(trials, 1)]
+        lines += [
+            f"  {index}. {way.entry} → {way.destination}: {trial.verdict}"
+            for index, (way, trial) in enumerate(zip(suggestions, trials, strict=False), 1)
+        ]
     else:
         lines.append("Not tried yet: see `dynacut plan --try`.")
     write_plan(arguments.output, chosen.plan(arguments.name), lines)
-
-
-def _print(
-    arguments: argparse.Namespace, differences: list[Difference], chosen: Suggestion, trials: list[Trial]
-) -> None:
-    rows = [
-        [difference.code.module.name, name, str(count)]
-        for difference in differences
-        for name, count in difference.functions[:_SHOWN]
-    ]
-    total = sum(len(difference.blocks) for difference in differences)
-    print(f"only unwanted requests execute {total} blocks; they begin in")
-    print_table("functions", ["module", "function", "blocks"], rows, right=frozenset({2}))
-    print(f"switched off at {printable(chosen.entry)}, goes on at {printable(chosen.destination)}")
-    print(f"  {printable(chosen.candidate.reason)}")
-    for line in chosen.disassembly():
-        print(f"    {printable(line)}")
-    state = "tried, works" if trials else "not tried"
-    print(f"{arguments.output}: feature {arguments.name} ({state})")
-
-
-def _document(
-    arguments: argparse.Namespace,
-    differences: list[Difference],
-    suggestions: list[Suggestion],
-    chosen: Suggestion,
-    trials: list[Trial],
-) -> dict[str, object]:
-    return {
-        "schema": SCHEMA,
-        "plan": str(arguments.output),
-        "blocks": sum(len(difference.blocks) for difference in differences),
-        "candidates": len(suggestions),
-        "entry": chosen.entry,
-        "destination": chosen.destination,
-        "reason": chosen.candidate.reason,
-        "trials": [trial.verdict for trial in trials],
-        "works": trials[-1].works if trials else None,
-    }

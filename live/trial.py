@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dynacut.handlers.table import Table
@@ -20,6 +21,8 @@ from dynacut.shared.plan import Plan
 from dynacut.shared.target import Target
 
 _START_TIMEOUT = 20.0
+_GRACE = 5.0
+"""Seconds between the first probe that succeeds and the last one."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,12 @@ class Instance:
         self._probes = probes
         self._tree = tree
         self._process: subprocess.Popen[bytes] | None = None
-        self.pid = pid if pid is not None else self._start()
-        self._check_untouched()
+        try:
+            self.pid = pid if pid is not None else self._start()
+            self._check_untouched()
+        except BaseException:
+            self._end()
+            raise
 
     def __enter__(self) -> Instance:
         return self
@@ -95,7 +102,12 @@ class Instance:
             self._change(lambda target, table: resolve.disable(plan, target, table))
         except DynacutError as error:
             return Trial(plan, "; ".join([error.problem, *error.details]))
-        verdict = self._verdict()
+        try:
+            verdict = self._verdict()
+        except BaseException:  # interrupted
+            with suppress(DynacutError):
+                self._change(resolve.undo)
+            raise
         if not self._is_alive():
             self._revive()
             return Trial(plan, verdict if verdict != "works" else "it ends the server")
@@ -140,17 +152,26 @@ class Instance:
             )
 
     def _start(self) -> int:
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        try:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError as error:
+            raise DynacutError(f"{self._command[0]} cannot be executed: {error.strerror}") from None
         deadline = time.monotonic() + _START_TIMEOUT
-        while self._probes.failing(self._probes.wanted):
+        is_up = False
+        while failing := self._probes.failing([*self._probes.wanted, *self._probes.unwanted]):
+            if not is_up and len(failing) < len(self._probes.wanted) + len(self._probes.unwanted):
+                is_up, deadline = True, time.monotonic() + _GRACE  # some work: the others should by now
             if self._process.poll() is not None:
-                raise DynacutError(f"{shlex.join(self._command)} ended at once", "start it by hand to see why")
-            if time.monotonic() > deadline:
-                self._end()
                 raise DynacutError(
-                    f"{shlex.join(self._command)} does not answer the wanted probes", "try the probes by hand"
+                    f"{shlex.join(self._command)} ended, or went to the background, before it answered the probes",
+                    "start it by hand to see why; it has to stay in the foreground",
+                )
+            if time.monotonic() > deadline:
+                raise DynacutError(
+                    f"{shlex.join(self._command)} does not answer as it should: {failing[0]}",
+                    "every probe must succeed (exit status 0) while the feature is there",
                 )
             time.sleep(0.05)
         return self._process.pid

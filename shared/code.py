@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +97,14 @@ class Code:
             return f"{self.module.name}+{offset:#x}"
         symbol, distance = found
         return f"{symbol.name}+{distance:#x}" if distance else str(symbol.name)
+
+    def source_lines(self, offsets: Iterable[int]) -> dict[int, str]:
+        """What is known of the source of some offsets, ``t_string.c:295``; empty without debug information."""
+        from dynacut.shared.lines import file_with_lines
+        from dynacut.shared.source_lines import source_lines
+
+        elf = file_with_lines(self.elf, Path(self.module.path), self.module.root)
+        return source_lines(elf, offsets) if elf is not None else {}
 
 
 class CodeOf:

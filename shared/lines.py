@@ -59,7 +59,7 @@ def line_offsets(elf: ElfFile, file: str, line: int) -> tuple[int, ...]:
     the line. () if no code is on exactly that line: see nearest_lines. DynacutError if the debug information
     is malformed.
     """
-    dwarf = _dwarf(elf)
+    dwarf = dwarf_of(elf)
     found: set[int] = set()
     if dwarf is None:
         return ()
@@ -78,7 +78,7 @@ def line_offsets(elf: ElfFile, file: str, line: int) -> tuple[int, ...]:
 
 def nearest_lines(elf: ElfFile, file: str, line: int, count: int = 4) -> tuple[int, ...]:
     """Return up to count lines of the file that have code, the nearest to line, ascending; () without any."""
-    dwarf = _dwarf(elf)
+    dwarf = dwarf_of(elf)
     lines: set[int] = set()
     if dwarf is None:
         return ()
@@ -100,7 +100,8 @@ def _is_code(elf: ElfFile, offset: int) -> bool:
     return segment is not None and segment.executable
 
 
-def _dwarf(elf: ElfFile) -> DWARFInfo | None:
+def dwarf_of(elf: ElfFile) -> DWARFInfo | None:
+    """The debug information of a file that has line tables, else None; DynacutError if it is malformed."""
     if not has_lines(elf):
         return None
     import io
@@ -133,7 +134,7 @@ def _units(dwarf: DWARFInfo, file: str) -> Iterator[tuple[CompileUnit, LineProgr
         compile_folder = folder.value if folder is not None and isinstance(folder.value, bytes) else b""
         indexes = frozenset(
             index
-            for index, path in _files(program.header, compile_folder)
+            for index, path in table_files(program.header, compile_folder)
             if len(wanted) <= len(path) and path[len(path) - len(wanted) :] == wanted
         )
         if indexes:
@@ -204,8 +205,11 @@ def _components(path: str) -> list[str]:
     return parts
 
 
-def _files(header: Any, compile_folder: bytes) -> Iterator[tuple[int, list[str]]]:
-    """Yield each index of a line table's files and the file's path, by components."""
+def table_files(header: Any, compile_folder: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Yield each index of a line table's files and the file's path, by components.
+
+    header: of pyelftools' line program.
+    """
     # Before DWARF 5 indexes start at 1 and directory 0, which is not in the list, is the compilation's.
     is_new = header.version >= 5
     folders = [bytes(folder) for folder in header.include_directory]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,27 @@ from dynacut.shared.target import Module
 
 
 @dataclass(frozen=True)
+class FunctionShare:
+    """What only unwanted requests execute of one function. Offsets are module offsets.
+
+    name: as people know it, ``redis-server+0x8df70`` where there is no symbol. entry: where it begins. first: its block
+    that is reached first. blocks: so many, of those it has.
+    """
+
+    name: str
+    entry: int
+    first: int
+    blocks: int
+    of: int
+    size_bytes: int
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether wanted requests never enter it at all."""
+        return self.first == self.entry
+
+
+@dataclass(frozen=True)
 class Difference:
     """What one module executed for unwanted requests only."""
 
@@ -25,14 +47,29 @@ class Difference:
     """Module offsets in the order of first hits."""
 
     @property
-    def functions(self) -> list[tuple[str, int]]:
-        """The functions that these blocks lie in, with how many of them, the first reached first."""
-        counts: dict[str, int] = {}
+    def size_bytes(self) -> int:
+        """How many bytes these blocks have."""
+        return sum(self.code.block_size(offset) for offset in self.blocks)
+
+    @property
+    def functions(self) -> list[FunctionShare]:
+        """The functions that these blocks lie in, the first reached first."""
+        starts = self.code.blocks.block_starts
+        blocks: dict[tuple[int, int], list[int]] = {}
         for offset in self.blocks:
             function = self.code.function_at(offset)
-            name = self.code.describe(function.start) if function else self.code.describe(offset)
-            counts[name] = counts.get(name, 0) + 1
-        return list(counts.items())
+            blocks.setdefault((function.start, function.end) if function else (offset, offset + 1), []).append(offset)
+        return [
+            FunctionShare(
+                self.code.describe(start),
+                start,
+                first=inside[0],
+                blocks=len(inside),
+                of=bisect_left(starts, end) - bisect_left(starts, start),
+                size_bytes=sum(map(self.code.block_size, inside)),
+            )
+            for (start, end), inside in blocks.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -62,6 +99,15 @@ class Suggestion:
     def disassembly(self) -> list[str]:
         """The first instructions at the entry."""
         return disassembly(self.code, self.candidate.entry)
+
+    def disassembly_instead(self) -> list[str]:
+        """The first instructions where a hit goes on."""
+        return disassembly(self.code, self.candidate.destination)
+
+    def disassembly_of_jump(self) -> list[str]:
+        """The conditional jump that leads to the entry; empty for other kinds."""
+        jump = self.candidate.jump
+        return disassembly(self.code, jump[0], 1) if jump is not None else []
 
 
 def suggest(

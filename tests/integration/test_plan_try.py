@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from .conftest import Dynacut
 from .load import Load
-from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError
+from .programs import compile_program
+from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError, free_port, wait_until
 from .test_offline import checkpointed
 from .test_trace import begin
 from .tracer import Tracer
@@ -216,3 +224,112 @@ def test_requests_that_the_server_refuses_show_the_way(dynacut: Dynacut, tmp_pat
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_lighttpd(lighttpd: Lighttpd, dynacut: Dynacut, tmp_path: Path, method: str) -> None:
     check_http(lighttpd, dynacut, tmp_path, method, lighttpd.pid, ["lighttpd", "mod_webdav"])
+
+
+@pytest.fixture
+def commands(dynacut: Dynacut, tmp_path: Path) -> Commands:
+    """A server with a table of commands, of which `store` is unwanted, and its coverage."""
+    program, port, log = compile_program("commands", tmp_path), free_port(), tmp_path / "commands.drcov"
+    found = Commands(program, port, logs(log))
+    with Tracer("-o", log, "--ready-port", port, "--", program, port) as tracer:
+        pid = int(tracer.await_line("armed").partition("process ")[2].split()[0])
+        tracer.await_line("phase serving begins")
+        try:
+            for phase in ("warm", "wanted", "unwanted"):
+                begin(dynacut, pid, phase, tracer)
+                for line in ("store x",) if phase == "unwanted" else ("get", "ping", "nonsense", "ping x"):
+                    found.ask(line)
+        finally:
+            os.kill(pid, signal.SIGKILL)  # which ends the trace as well
+        tracer.process.communicate(timeout=60)
+        assert tracer.process.returncode == 0
+    return found
+
+
+@dataclass(frozen=True)
+class Commands:
+    program: Path
+    port: int
+    logs: tuple[str | Path, ...]
+
+    @property
+    def server(self) -> tuple[str | int | Path, ...]:
+        return ("--", self.program, self.port)
+
+    def probe(self, line: str) -> str:
+        return f"{self.program} {self.port} {line}"
+
+    def ask(self, line: str) -> bool:
+        return subprocess.run(self.probe(line).split(), stdin=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_an_instance_is_started_and_started_again_when_a_trial_ends_it(
+    commands: Commands, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """The first way leads to a command that ends the server; the record of it stands in the plan."""
+    plan = tmp_path / "store.toml"
+    options = (*commands.logs, "--name", "store", "-o", plan, "--try")
+    probes = ("--probe-unwanted", commands.probe("store x"), "--probe-wanted", commands.probe("get"))
+    done = dynacut("plan", "--json", *options, *probes, *commands.server)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["trials"] == ["it ends the server", "works"]
+    assert report["works"] is True
+    assert (report["entry"], report["blocks"]) == ("store", report["functions"][0]["blocks"])
+    assert "1. store → leave: it ends the server" in plan.read_text()
+    assert not commands.ask("get"), "the instance was ended"
+    server = subprocess.Popen([str(word) for word in commands.server[1:]], stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: commands.ask("store one"), "the server")
+        dynacut.json("live", "--pid", server.pid, "--plan", plan)
+        assert not commands.ask("store two")
+        assert commands.ask("get")
+        assert commands.ask("ping")
+        dynacut.json("live", "--pid", server.pid, "--undo")
+        assert commands.ask("store three")
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_no_instance_is_left_behind(commands: Commands, dynacut: Dynacut, tmp_path: Path) -> None:
+    """Whether its probes fail from the start, no way works, or the trial is interrupted."""
+    plan = tmp_path / "store.toml"
+    options = ("plan", *commands.logs, "-o", plan, "--try", "--probe-wanted", commands.probe("get"))
+    done = dynacut(*options, "--probe-unwanted", "false", *commands.server)
+    assert done.returncode == 1
+    assert "does not answer as it should: false: exit status 1" in done.stderr
+    done = dynacut(*options, "--probe-unwanted", commands.probe("store x"), "--trials", "1", *commands.server)
+    assert done.returncode == 1
+    assert "1. store → leave: it ends the server" in done.stderr
+    assert not plan.exists()
+    assert not commands.ask("get")
+    done = dynacut(*options, "--probe-unwanted", "true", "--", tmp_path / "missing", "--flag")
+    assert done.returncode == 1
+    assert "cannot be executed" in done.stderr
+    begun = tmp_path / "begun"
+    command = [*options, "--probe-unwanted", f"test ! -e {begun} || sleep 8; {commands.probe('store x')}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "dynacut.cli.main", *map(str, [*command, "--probe-timeout", "90", *commands.server])],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as trial:  # fmt: skip
+        wait_until(lambda: commands.ask("get"), "the instance", 60)
+        begun.touch()
+        trial.send_signal(signal.SIGINT)
+        trial.wait(60)
+    assert not commands.ask("get")
+
+
+def test_what_was_found_is_told_with_names_lines_and_instructions(
+    commands: Commands, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    done = dynacut("plan", *commands.logs, "--name", "store", "-o", tmp_path / "store.toml")
+    assert done.returncode == 0, done.stderr
+    source = (Path(__file__).parent / "programs" / "commands.c").read_text().splitlines()
+    line = source.index("NOIPA static void store(int client, const char *word)") + 2  # where its brace opens
+    assert re.search(rf"^commands\tstore\t\d+ of \d+\tentered by them only\tcommands.c:{line}$", done.stdout, re.M)
+    assert re.search(rf"stopped at store \(commands\+0x[0-9a-f]+, commands.c:{line}\)", done.stdout)
+    assert re.search(r"^    0x[0-9a-f]+: [0-9a-f ]+ call 0x[0-9a-f]+  ; say$", done.stdout, re.M)
+    assert 'Why: store ("store") is called only through a table of 5 functions' in done.stdout
+    assert re.search(r"\d+ other ways found, the next: store → ", done.stdout)
+    assert "not tried yet" in done.stdout

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from dynacut.shared.blocks import BlockMap
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.functions import function_at, function_ranges
 from dynacut.shared.lines import file_with_lines, has_lines, line_offsets, nearest_lines
+from dynacut.shared.source_lines import source_lines
 from dynacut.shared.symbols import SymbolTable
 
 pytestmark = pytest.mark.skipif(
@@ -124,6 +127,36 @@ def test_separate_debug_file(tmp_path: Path) -> None:
     assert file_with_lines(stripped, tmp_path / "s") is None
 
 
+@pytest.mark.parametrize("dwarf", ["-gdwarf-4", "-gdwarf-5"])
+@pytest.mark.parametrize("level", ["-O0", "-O2"])
+@pytest.mark.parametrize("more", [(), ("-no-pie",), ("-gz=zlib", "-ffunction-sections"), ("-gno-aranges",)])
+def test_the_source_of_every_instruction(tmp_path: Path, dwarf: str, level: str, more: tuple[str, ...]) -> None:
+    """As in objdump's rows; code without debug information has none. (binutils 2.40's addr2line errs with DWARF 5.)"""
+    options = [option for option in more if option != "-gno-aranges"]
+    program = built(tmp_path, dwarf, level, *options)
+    if len(options) < len(more):  # as other compilers do it
+        run("objcopy", "--remove-section", ".debug_aranges", program)
+    elf = ElfFile.open(program)
+    rows = [
+        (int(address, 16) - elf.link_base, "" if line == "-" else f"{name}:{line}")
+        for name, line, address in re.findall(
+            r"^(\S+) +(\d+|-) +(0x\w+)", run("objdump", "--dwarf=decodedline", program), re.M
+        )
+    ]
+    theirs = {
+        offset: line
+        for (start, line), (end, _) in pairwise(rows)
+        if line and start < end
+        for offset in range(start, end)
+    }
+    blocks = BlockMap.of(elf)
+    offsets = [offset for offset in range(blocks.base, blocks.block_starts[-1] + 16) if blocks.is_boundary(offset)]
+    found = source_lines(elf, offsets)
+    assert found == {offset: theirs[offset] for offset in offsets if offset in theirs}
+    assert len(offsets) > len(found) > 20
+    assert {line.partition(":")[0] for line in found.values()} == {"code.c", "inner.h"}
+
+
 def test_broken_line_tables_are_refused(tmp_path: Path) -> None:
     program = built(tmp_path, "-g")
     elf = ElfFile.open(program)
@@ -133,3 +166,5 @@ def test_broken_line_tables_are_refused(tmp_path: Path) -> None:
     data[section.file_offset : section.file_offset + section.size] = b"\xff" * section.size
     with pytest.raises(DynacutError):
         line_offsets(ElfFile(program, memoryview(bytes(data))), "code.c", 8)
+    with pytest.raises(DynacutError):
+        source_lines(ElfFile(program, memoryview(bytes(data))), [0x1200])
