@@ -13,7 +13,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from dynacut.shared.picture import DrawnModule, Phase, Picture, Share
 
@@ -23,6 +23,7 @@ _FILES = Path(__file__).parent
 # In the order of the phases, then for several and never; names, so that the terminal's own palette applies.
 _PHASE_COLOURS = ("yellow", "blue", "red", "magenta", "green", "cyan")
 _OTHER_COLOURS = ("default", "bright_black")
+_LISTED_FUNCTIONS = 100  # of a phase, on the page
 _LEVELS = (0.05, 0.20, 0.40, 0.70)
 _MARKS, _ASCII_MARKS = " ·░▒▓█", " .:+*#"
 
@@ -257,6 +258,7 @@ def page_of(picture: Picture, figures: tuple[Sequence[str], Sequence[Sequence[st
                 "build_id": module.build_id,
                 "extent": _extent(picture, module),
                 "rows": [(row, colours[row.kind]) for row in _rows(picture, module)],
+                "functions": list(_functions(picture, module, colours)),
             }
             for module in picture.modules
         ],
@@ -265,6 +267,19 @@ def page_of(picture: Picture, figures: tuple[Sequence[str], Sequence[Sequence[st
         warnings=[printable(line) for line in picture.warnings],
         data=_data(picture, colours),
     )
+
+
+def _functions(
+    picture: Picture, module: DrawnModule, colours: list[str]
+) -> Iterator[tuple[str, str, int, list[tuple[str, int, int]]]]:
+    """For each phase with code of its own: name, colour, how many functions that is in, and the first of them."""
+    if len(picture.phases) < 2:
+        return
+    for index, phase in enumerate(picture.phases):
+        found = picture.functions_only_in(module, index)
+        if found:
+            shown = [(printable(one.name), size, one.end - one.start) for one, size in found[:_LISTED_FUNCTIONS]]
+            yield printable(phase), colours[index], len(found), shown
 
 
 def _data(picture: Picture, colours: list[str]) -> dict[str, Any]:

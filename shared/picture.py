@@ -8,6 +8,7 @@ that ran, is drawn from the log alone, and then what never ran is not known.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,6 +174,20 @@ class Picture:
     def share(self, module: DrawnModule, kind: int) -> Share:
         """Return what of a module is of a kind."""
         return module.share(lambda mask: self.kind_of(mask) == kind)
+
+    def functions_only_in(self, module: DrawnModule, phase: int) -> list[tuple[DrawnFunction, int]]:
+        """Return the functions that have code which ran in that phase only, and how many bytes, the most first."""
+        sizes: Counter[int] = Counter()
+        starts = [function.start for function in module.functions]
+        for start, end, mask in module.runs:
+            while start < end and self.kind_of(mask) == phase:
+                index = bisect_right(starts, start) - 1
+                if index < 0 or start >= module.functions[index].end:
+                    break
+                part = min(end, module.functions[index].end)
+                sizes[index] += part - start
+                start = part
+        return [(module.functions[index], size) for index, size in sorted(sizes.items(), key=lambda item: -item[1])]
 
     def idle_pages(self, module: DrawnModule) -> int:
         """Return how many pages of a module's text hold no executed block."""

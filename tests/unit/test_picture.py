@@ -97,6 +97,8 @@ def test_each_function_of_a_program_has_the_colour_of_its_phase(program: Path) -
     for index, name in enumerate(("wanted", "unwanted")):
         blocks = blocks_of(program, name)
         assert picture.share(module, index)[:2] == (len(blocks), sum(blocks.values()))
+        ((function, size),) = picture.functions_only_in(module, index)
+        assert (function.name, size) == (name, sum(blocks.values()))
         everything = blocks | blocks_of(program, "main")
         assert module.executed_in(index)[:2] == (len(everything), sum(everything.values()))
     code = code_of_file(program)
@@ -232,6 +234,10 @@ def test_the_page_says_what_the_picture_says(program: Path) -> None:
     assert drawn.rows["never executed"] == [never.blocks, never.size_bytes, picture.idle_pages(module)]
     legend = [text for tag, text in page.texts if tag == "button"]
     assert legend == list(picture.kinds)
+    assert [text for tag, text in page.texts if tag == "summary"] == [
+        "1 function with code that only wanted executed",
+        "1 function with code that only unwanted executed",
+    ]
 
 
 def test_names_from_a_log_can_do_nothing_on_the_page() -> None:
