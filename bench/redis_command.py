@@ -64,11 +64,15 @@ def _find_site() -> _Site:
 
 
 @contextmanager
-def pinged(executable: Path, port: int, cores: Cores, folder: Path) -> Iterator[Control]:
-    """A client on the core of redis: the two take turns, and leave the other core to the tools."""
+def pinged(executable: Path, port: int, cores: Cores, folder: Path, *, pause_us: int = 0) -> Iterator[Control]:
+    """A client on the core of redis: the two take turns, and leave the other core to the tools.
+
+    pause_us: microseconds between a reply and the next PING. The kernel lets real-time threads run for 0.95 s of a
+    second (sched_rt_runtime_us in sched(7)): without pauses that is the longest gap, where it takes that long.
+    """
     control = Control(folder / "ping")
     try:
-        with started(executable, control.path, port, cores.measured) as process:
+        with started(executable, control.path, port, cores.measured, pause_us) as process:
             control.wait_for("thread", 1)
             isolate(process.pid, cores)
             time.sleep(0.05)

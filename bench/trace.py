@@ -1,6 +1,7 @@
-"""Tracing a redis-server: what it costs once the blocks are known, and how long clients wait while blocks are armed.
+"""Tracing a redis-server under load: what it costs when the blocks of the load have been hit once.
 
-Everything that attaches is compared with the same redis before and after; callgrind, which cannot attach, with the
+What attaches is compared with the same redis before and after, in pairs: the ratios' median is told, and beside it how
+far apart two untraced rates of one redis are, which is the noise. callgrind, which cannot attach, is compared with the
 others' redis before they attached. redis has the measured core to itself, the tools and the clients have the other one.
 """
 
@@ -9,64 +10,48 @@ from __future__ import annotations
 import random
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.control import Control, stay_busy
-from bench.figures import DYNACUT, Claim, Figures, Result, Table, case, number, spread
+from bench.figures import DYNACUT, Claim, Figures, Result, Table, case, number
 from bench.machine import Cores, isolate
-from bench.programs import BenchmarkError, compile_program
-from bench.redis_command import pinged
-from bench.tools import DYNACUT as COMMAND
+from bench.programs import BenchmarkError
 from bench.trace_peers import Collector, collectors
 from tests.integration.servers import Redis, ServerFailed, ServerMissing
 from tests.integration.tracer import Tracer
 
 COST_LIMIT = 0.02
-PAUSE_LIMIT_MS = 5
-BLOCKS_LEAST = 63_000
 REQUESTS = 200_000
 QUICK_REQUESTS = 40_000
 CLIENTS = 20
 _TESTS = ("SET", "GET")
 _RATE = case(clients=CLIENTS)
-_NOBODY = "nobody"
-_EXECUTABLE: Sequence[str] = ()
-_ALL: Sequence[str] = ("--all-modules",)
-_INSTANTS = ("arm", "phase", "end")
-_SETTLING = 0.2
-"""Seconds after an instant in which first hits still come."""
-_SLOW_REPETITIONS = 3
+NOBODY = "nobody"
+_SLOW_REPETITIONS = 1
 _BENCHMARK_TIMEOUT = 300
 
 
 def run(cores: Cores, folder: Path, repeat: int, *, quick: bool, progress: Callable[[str], None]) -> Result:
     """All tools in turns, each with a fresh redis; then the pauses."""
-    pinger = compile_program("pinger", folder)
     figures = Figures("trace")
     tools, missing = collectors()
     requests = QUICK_REQUESTS if quick else REQUESTS
     try:
         with Redis() as redis:
-            _fill_caches(redis, () if quick else _ALL, folder)
+            fill_caches(redis, (), folder)
         for repetition in range(repeat):
             turns = [tool for tool in tools if tool.name == DYNACUT or repetition < (1 if quick else _SLOW_REPETITIONS)]
             random.shuffle(turns)
             for tool in turns:
                 progress(f"trace: repetition {repetition + 1} of {repeat}, {tool.name}")
                 _measure_cost(figures, tool, requests, cores, folder)
-            progress(f"trace: repetition {repetition + 1} of {repeat}, pauses")
-            _measure_pauses(figures, _EXECUTABLE, pinger, cores, folder)
-            if not quick and repetition < _SLOW_REPETITIONS:
-                _measure_pauses(figures, _ALL, pinger, cores, folder)
     except (ServerMissing, ServerFailed, AssertionError) as error:
         raise BenchmarkError(str(error)) from None
-    return Result(figures, [_costs(figures, tools, missing), _pauses(figures)], _claims(figures))
+    return Result(figures, [_costs(figures, tools, missing)], _claims(figures))
 
 
-def _fill_caches(redis: Redis, options: Sequence[str], folder: Path) -> None:
+def fill_caches(redis: Redis, options: Sequence[str], folder: Path) -> None:
+    """A first trace, which finds the blocks."""
     with Tracer("--pid", redis.pid, *options, "--for", "0", "-o", folder / "redis.drcov") as tracer:
         tracer.process.communicate(timeout=_BENCHMARK_TIMEOUT)
 
@@ -85,13 +70,15 @@ def _measure_cost(figures: Figures, tool: Collector, requests: int, cores: Cores
             during = _ask(redis, borne)
         if tool.name == DYNACUT:
             around.append(_ask(redis, requests))
+            for test in _TESTS:
+                figures.add(_RATE, NOBODY, f"{test.lower()}_share", around[1][test] / around[0][test])
     figures.add(_RATE, tool.name, "attach_ms", collected.attach_ms)
     figures.add(_RATE, tool.name, "found_count", collected.found)
     for test in _TESTS:
         figures.add(_RATE, tool.name, f"{test.lower()}_per_s", during[test])
         if around:
             without = statistics.mean(rates[test] for rates in around)
-            figures.add(_RATE, _NOBODY, f"{test.lower()}_per_s", without)
+            figures.add(_RATE, NOBODY, f"{test.lower()}_per_s", without)
             figures.add(_RATE, tool.name, f"{test.lower()}_share", during[test] / without)
 
 
@@ -108,59 +95,23 @@ def _ask(redis: Redis, requests: int) -> dict[str, float]:
     return rates
 
 
-def _measure_pauses(figures: Figures, options: Sequence[str], pinger: Path, cores: Cores, folder: Path) -> None:
-    """The slowest PING while blocks are armed, armed again for a new phase, and put back."""
-    gaps: dict[str, float] = {}
-    # No real-time priority: arming takes longer than the kernel lets such threads run without a break
-    # (sched_rt_runtime_us in sched(7)), which would be the longest gap of all.
-    ordinary = Cores(cores.measured, cores.measured)
-    with Redis() as redis:
-        isolate(redis.pid, ordinary)
-        with pinged(pinger, redis.port, ordinary, folder) as control, ExitStack() as stack:
-            started = time.perf_counter()
-            with _slowest(control, gaps, "arm"):
-                tracer = stack.enter_context(Tracer("--pid", redis.pid, *options, "-o", folder / "redis.drcov"))
-                armed = tracer.await_line("armed")
-            seconds = time.perf_counter() - started
-            with _slowest(control, gaps, "quiet"):
-                stay_busy(seconds)
-            with _slowest(control, gaps, "phase"):
-                subprocess.run([COMMAND, "trace", "--pid", str(redis.pid), "--phase", "next"], check=True)
-                tracer.await_line("phase next begins")
-            with _slowest(control, gaps, "end"):
-                tracer.end()
-    measured = case(modules="all" if options else "executable")
-    figures.add(measured, DYNACUT, "armed_count", int(armed.partition(" ")[0].replace(",", "")))
-    figures.add(measured, DYNACUT, "arm_ms", seconds * 1000)
-    for instant, gap in gaps.items():
-        figures.add(measured, _NOBODY if instant == "quiet" else DYNACUT, f"{instant}_ping_us", gap)
-
-
-@contextmanager
-def _slowest(control: Control, gaps: dict[str, float], instant: str) -> Iterator[None]:
-    """Notes the slowest PING of the context's time, first hits after it included."""
-    with control.measuring():
-        yield
-        stay_busy(_SETTLING)
-    gaps[instant] = control.largest_us
-
-
 def _costs(figures: Figures, tools: Sequence[Collector], missing: Sequence[str]) -> Table:
     rows = []
-    for name in (_NOBODY, *(tool.name for tool in tools)):
+    for name in (NOBODY, *(tool.name for tool in tools)):
         rates = [figures.median(_RATE, name, f"{test.lower()}_per_s") for test in _TESTS]
         rows.append(
             [
                 name,
                 *(number(rate) for rate in rates),
-                *("1" if name == _NOBODY else _share(figures, name, test) for test in _TESTS),
+                *(_share(figures, name, test) for test in _TESTS),
                 number(figures.median(_RATE, name, "found_count")),
                 number(figures.median(_RATE, name, "attach_ms")),
             ]
         )
     notes = [
-        f"redis-benchmark with {CLIENTS} clients, medians. Shares are of the same redis untraced; of callgrind, which "
-        "must start redis itself, of the others' untraced rates",
+        f"redis-benchmark with {CLIENTS} clients, medians. Shares (least-largest) are of the same redis untraced; of "
+        "callgrind, which must start redis itself, of the others' untraced rates. Nobody: untraced rates after a trace "
+        "and before it, which is the noise",
         "found: blocks of the executable that were executed; by callgrind, instructions, from the start of redis on. "
         "The others attach to a redis that has run the load before",
         *(f"NOT MEASURED – {line}" for line in missing),
@@ -176,33 +127,13 @@ def _costs(figures: Figures, tools: Sequence[Collector], missing: Sequence[str])
 
 
 def _share(figures: Figures, name: str, test: str) -> str:
-    """Of the untraced rate: within one redis where that was measured, else of the medians."""
-    share = figures.median(_RATE, name, f"{test.lower()}_share")
-    if share is None:
-        rate = figures.median(_RATE, name, f"{test.lower()}_per_s")
-        untraced = figures.median(_RATE, _NOBODY, f"{test.lower()}_per_s")
-        share = rate / untraced if rate and untraced else None
-    return "-" if share is None else f"{share:.3f}"
-
-
-def _pauses(figures: Figures) -> Table:
-    rows = []
-    for measured, armed in figures.medians(DYNACUT, "armed_count").items():
-        rows.append(
-            [
-                str(dict(measured)["modules"]),
-                number(armed),
-                spread(figures.values(measured, DYNACUT, "arm_ms")),
-                *(spread(figures.values(measured, DYNACUT, f"{instant}_ping_us")) for instant in _INSTANTS),
-                spread(figures.values(measured, _NOBODY, "quiet_ping_us")),
-            ]
-        )
-    return Table(
-        "the slowest PING of a client of redis, in µs",
-        ["modules", "blocks armed", "armed in, ms", "arming", "a new phase", "the end", "with nobody"],
-        rows,
-        ("median (90th percentile). The first hits of the blocks that a PING executes are in it",),
-    )
+    """Of the untraced rate: within one redis where that was measured (least-largest), else of the medians."""
+    shares = figures.values(_RATE, name, f"{test.lower()}_share")
+    if shares:
+        return f"{statistics.median(shares):.3f} ({min(shares):.3f}-{max(shares):.3f})"
+    rate = figures.median(_RATE, name, f"{test.lower()}_per_s")
+    untraced = figures.median(_RATE, NOBODY, f"{test.lower()}_per_s")
+    return f"{rate / untraced:.3f}" if rate and untraced else "-"
 
 
 def _claims(figures: Figures) -> list[Claim]:
@@ -211,15 +142,7 @@ def _claims(figures: Figures) -> list[Claim]:
         share = figures.median(_RATE, DYNACUT, f"{test.lower()}_share")
         if share is not None:
             text = f"a trace costs redis at most {COST_LIMIT:.0%} of its {test}/s when the load's blocks were hit once"
-            claims.append(Claim(text, f"{1 - share:+.1%}", 1 - share <= COST_LIMIT))
-    for measured, armed in figures.medians(DYNACUT, "armed_count").items():
-        pauses = {
-            instant: median
-            for instant in _INSTANTS
-            if (median := figures.median(measured, DYNACUT, f"{instant}_ping_us")) is not None
-        }
-        worst = max(pauses, key=pauses.__getitem__)
-        text = f"no client waits more than {PAUSE_LIMIT_MS} ms (median) while {armed:,.0f} blocks are armed or put back"
-        figure = f"{pauses[worst] / 1000:.2f} ms ({worst}, modules: {dict(measured)['modules']})"
-        claims.append(Claim(text, figure, armed >= BLOCKS_LEAST and pauses[worst] <= PAUSE_LIMIT_MS * 1000))
+            noise = [abs(1 - value) for value in figures.values(_RATE, NOBODY, f"{test.lower()}_share")]
+            figure = f"{1 - share:+.1%} (untraced rates differ by {statistics.median(noise):.1%})"
+            claims.append(Claim(text, figure, 1 - share <= COST_LIMIT))
     return claims

@@ -55,11 +55,11 @@ def collectors() -> tuple[list[Collector], list[str]]:
     found = [Collector(DYNACUT, Redis, _traced, attaches=True, share=1.0)]
     missing = []
     if shutil.which("valgrind"):
-        found.append(Collector(CALLGRIND, _CallgrindRedis, _ended, attaches=False, share=0.15))
+        found.append(Collector(CALLGRIND, _CallgrindRedis, _ended, attaches=False, share=0.05))
     else:
         missing.append(f"{CALLGRIND}: valgrind is not installed (Debian: apt-get install valgrind)")
     if (PEER_FOLDER / "frida").is_dir():
-        found.append(Collector(STALKER, Redis, partial(_stalked, "compile"), attaches=True, share=0.15))
+        found.append(Collector(STALKER, Redis, partial(_stalked, "compile"), attaches=True, share=0.05))
         found.append(Collector(STALKER_BLOCKS, Redis, partial(_stalked, "block"), attaches=True, share=0.02))
     else:
         missing.append(f"{STALKER}: not installed (pip install --target {PEER_FOLDER} frida)")

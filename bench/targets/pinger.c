@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
- * A client of redis that sends PING without a pause; a gap is the time from a PING to its reply.
+ * A client of redis that sends PING after PING; a gap is the time from a PING to its reply.
  *
- *   pinger CONTROL PORT CPU
+ *   pinger CONTROL PORT CPU PAUSE     PAUSE: µs between a reply and the next PING
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -39,8 +39,9 @@ static int ask(int connection)
 
 int main(int argc, char **argv)
 {
-	if (argc != 4)
+	if (argc != 5)
 		return 2;
+	struct timespec pause = { .tv_nsec = 1000 * atol(argv[4]) };
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	struct control *control = map_control(argv[1]);
 	cpu_set_t set;
@@ -66,5 +67,7 @@ int main(int argc, char **argv)
 			return 1;
 		}
 		count_gap(control, now() - before, &counted, 1);
+		if (pause.tv_nsec)
+			nanosleep(&pause, NULL);
 	}
 }

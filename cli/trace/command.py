@@ -48,7 +48,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     phases.add_argument(
         "--ready-log",
         nargs="+",
-        metavar="[FILE] REGEX",
+        metavar=("[FILE]", "REGEX"),
         help="… when a line like REGEX is written to FILE, or to the file that the program's output goes to",
     )
     add_options(parser)
