@@ -80,7 +80,11 @@ class Patcher:
         self._remote = Remote(self.process, self.clock, self._deadline)
 
     def restart_clock(self) -> None:
-        """Lets the timeout count from now."""
+        """Lets the timeout count from now: it is for waiting for threads.
+
+        For a trace's 84,000 sites the work before that takes seconds on a busy machine, and would leave no time: of
+        threads that nobody has looked at it would be said that they stay.
+        """
         self._deadline = self._remote.deadline = time.monotonic() + self.timeout
 
     def table(self) -> Table | None:
@@ -118,6 +122,7 @@ class Patcher:
 
     def _switch_off(self, patches: PatchSet) -> None:
         region, table, outgrown = self._prepare(patches)
+        self.restart_clock()
         try:
             if patches.library is not None:
                 if not patches.library.is_mapped:
@@ -227,6 +232,7 @@ class Patcher:
     def _remove(self, region: Region, table: Table) -> None:
         """Takes the handler out of force and empties its table; the sites' bytes are back already."""
         process, remote = self.process, self._remote
+        self.restart_clock()
         if not all_seen_outside(process, region, self.clock, self._deadline):
             raise _stays(process)
         actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masks.masked_signals(table)]))

@@ -237,6 +237,20 @@ def test_a_child_outlives_its_traced_parent(files: tuple[Path, Path], tmp_path: 
     assert not is_untraced(pid)
 
 
+def test_what_a_killed_tracer_left_is_taken_out_however_long_that_takes(
+    redis: Redis, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """The timeout is for threads that do not stop, not for writing 84,000 bytes on a busy machine."""
+    before = Snapshot.of(redis.pid)
+    with Tracer("--pid", redis.pid, "-o", tmp_path / "redis.drcov") as tracer:
+        tracer.await_line("armed")
+    assert not is_untraced(redis.pid)
+    report = dynacut.json("live", "--pid", redis.pid, "--undo", "--timeout", "0.5")
+    assert report["changed"] is True
+    assert is_untraced(redis.pid)
+    assert Snapshot.of(redis.pid) == before
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

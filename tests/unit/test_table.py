@@ -334,6 +334,8 @@ def test_any_sequence_of_contents_is_read_back(sequence: list[list[TableSite]]) 
         assert list(table.sites) == sorted(sites, key=lambda each: each.address)
         expected_hits = {each: expected_hits.get(each, 0) for each in sites}
         assert {each: each.hits for each in table.sites} == expected_hits
+        counters = {placed.site.address: placed.counter for placed in table.placed}
+        assert Table.counters_of(bytes(memory.data)) == counters
         for each in sites[::2]:
             memory.hit(each.address, 3)
             expected_hits[each] = 1 if each.action is Action.LEARN else expected_hits[each] + 3
