@@ -108,7 +108,9 @@ def _measure(figures: Figures, size: Case, keys: int, plan: Plan, plan_file: Pat
                 _rewrite(figures, size, image, output, plan)
         if has_crit():
             output = work / "crit"
-            figures.add(size, "crit", "rewrite_ms", Edit.of(image, work / "flat", work).apply(image, output))
+            changing, copying = Edit.of(image, work / "flat", work).apply(image, output)
+            figures.add(size, "crit", "rewrite_ms", changing)
+            figures.add(size, "crit", "copy_ms", copying)
             _check_same(work / "flat", output)
             figures.add(size, "crit", "written_bytes", sum(path.stat().st_size for path in output.iterdir()))
             shutil.rmtree(output)
@@ -192,19 +194,20 @@ def _rewriting(figures: Figures, sizes: list[str]) -> Table:
             [
                 name,
                 *(spread(figures.values(size, kind, "rewrite_ms")) for kind in ("layer", "flat", "crit")),
+                spread(figures.values(size, "crit", "copy_ms")),
                 spread(figures.values(size, "layer", "resolve_ms")),
                 *map(number, written),
             ]
         )
     return Table(
         f"an image rewritten with {SITES} sites, in ms",
-        ["", "layer", "flat copy", "crit", "and finding the sites", "layer: MB", "flat: MB"],
+        ["", "layer", "flat copy", "crit", "crit: copying", "and finding the sites", "layer: MB", "flat: MB"],
         rows,
         (
             "layer, flat copy: reading the image, applying, writing, in a Python that runs already; finding and "
             "verifying the sites is the same work as on a running process",
-            "crit: the files that differ decoded to JSON and encoded, by a run of crit each, and all others copied; "
-            "what is to be changed in the JSON is known beforehand"
+            "crit: the files that differ decoded to JSON and encoded, by a run of crit each; what is to be changed in "
+            "the JSON is known beforehand. copying: the other files, pages included"
             if has_crit()
             else "crit NOT MEASURED: tools/criu.sh crit fetches it",
         ),

@@ -60,17 +60,16 @@ class Edit:
             documents[name] = json.loads((folder / "decoded.json").read_text())
         return cls(documents, tuple(sorted(flat.glob("pages-*.img"))))
 
-    def apply(self, image: Path, output: Path) -> float:
-        """Rewrites an image by crit; returns the milliseconds. The edit of the JSON is an assignment, and so for free.
+    def apply(self, image: Path, output: Path) -> tuple[float, float]:
+        """Rewrites an image by crit; returns the milliseconds for the files that differ, and for copying the others.
+
+        The edit of the JSON is an assignment, and so for free.
 
         Raises:
-            BenchmarkError: an image file is not what dynacut has made of it.
+            BenchmarkError: crit has failed.
         """
         started = time.perf_counter()
         output.mkdir()
-        for path in image.glob("*.img"):
-            if path.name not in self.documents and not path.name.startswith("pages-"):
-                shutil.copyfile(path, output / path.name)
         document = output / "document.json"
         for name, wanted in self.documents.items():
             crit("decode", image / name, document)
@@ -79,6 +78,10 @@ class Edit:
             document.write_text(json.dumps(contents))
             crit("encode", document, output / name)
         document.unlink()
+        changed = time.perf_counter()
+        for path in image.glob("*.img"):
+            if path.name not in self.documents and not path.name.startswith("pages-"):
+                shutil.copyfile(path, output / path.name)
         for path in self.pages:
             shutil.copyfile(path, output / path.name)
-        return (time.perf_counter() - started) * 1000
+        return (changed - started) * 1000, (time.perf_counter() - changed) * 1000
