@@ -46,6 +46,7 @@ def check_engine(arguments: argparse.Namespace) -> None:
         "--name": arguments.process_name is not None,
         "--tree": arguments.tree,
         "--learned": arguments.learned,
+        "--standing": arguments.standing,
         "--fallback": getattr(arguments, "fallback", None) is not None,
     }
     for name, is_given in given.items():

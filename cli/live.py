@@ -37,7 +37,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--pid", type=int, metavar="P", help="the process")
     target.add_argument("--name", dest="process_name", metavar="N", help="the only process (or tree) of that name")
     parser.add_argument("--tree", action="store_true", help="all its descendants as well")
-    parser.add_argument("-o", dest="output", type=Path, metavar="F", help="with --learned: the log to write")
+    parser.add_argument("-o", dest="output", type=Path, metavar="F", help="of --learned, --standing: the log to write")
     add_options(parser)
     add_fallback_options(parser)
     add_engine_options(parser)
@@ -50,8 +50,10 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 
     started = time.perf_counter()
     request = Request(arguments)
-    if arguments.output is not None and not arguments.learned:
-        raise DynacutError("-o belongs to --learned", "a running process is changed in place", status=ExitStatus.USAGE)
+    if arguments.output is not None and not request.lists:
+        raise DynacutError(
+            "-o belongs to --learned and --standing", "a running process is changed in place", status=ExitStatus.USAGE
+        )
     check_usage(arguments, changes=request.changes)
     check_engine(arguments)
     fallback: Fallback | None = None
@@ -60,8 +62,8 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         from dynacut.live.tree import by_name
 
         pid = by_name(arguments.process_name)
-    if arguments.learned:
-        return _show_learned(pid, arguments)
+    if request.lists:
+        return _list(pid, arguments)
     if arguments.remote is not None:
         outcome = behind_gdbserver(arguments, request)
     elif request.changes:
@@ -97,12 +99,15 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE if fallback is None else fallback.status
 
 
-def _show_learned(pid: int, arguments: argparse.Namespace) -> ExitStatus:
-    from dynacut.cli.learned import show_learned
-    from dynacut.live.learned import learned
+def _list(pid: int, arguments: argparse.Namespace) -> ExitStatus:
+    """Lists what was learned, or where threads are."""
+    from dynacut.cli.listed import LEARNED, STANDING, show_blocks
+    from dynacut.live.learned import learned, standing
 
-    show_learned(
-        learned(pid, tree=arguments.tree),
+    list_of, kind = (standing, STANDING) if arguments.standing else (learned, LEARNED)
+    show_blocks(
+        list_of(pid, tree=arguments.tree),
+        kind,
         {"pid": pid},
         arguments.output,
         as_json=arguments.json,

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     """Shows or changes."""
     started = time.perf_counter()
     request = Request(arguments)
-    _check_usage(arguments, changes=request.changes)
+    _check_usage(arguments, changes=request.changes, lists=request.lists)
     from dynacut.offline.change import change, look
     from dynacut.offline.images.image import Image
 
@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 
             show_disassembly(image, arguments.disassemble, arguments.pid, as_json=arguments.json)
             return ExitStatus.DONE
-        if arguments.learned:
-            return _show_learned(image, arguments)
+        if request.lists:
+            return _list(image, arguments)
         if request.changes:
             outcome = change(
                 image,
@@ -77,27 +77,34 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
-def _check_usage(arguments: argparse.Namespace, *, changes: bool) -> None:
+def _check_usage(arguments: argparse.Namespace, *, changes: bool, lists: bool) -> None:
     def usage(problem: str, advice: str) -> DynacutError:
         return DynacutError(problem, advice, status=ExitStatus.USAGE)
 
     if changes and arguments.output is None and not arguments.dry_run:
         raise usage("a changed image needs a place", "give a new directory by -o OUT_DIR, or try with --dry-run")
-    if not changes and not arguments.learned and (arguments.output is not None or arguments.flat):
+    if not changes and not lists and (arguments.output is not None or arguments.flat):
         raise usage("-o and --flat without a change to write", "add --plan, --disable, --enable or --undo")
     if changes and arguments.disassemble:
         raise usage("--disassemble only shows", "do one after the other")
 
 
-def _show_learned(image: Image, arguments: argparse.Namespace) -> ExitStatus:
-    from dynacut.cli.learned import show_learned
+def _list(image: Image, arguments: argparse.Namespace) -> ExitStatus:
+    """Lists what the processes had learned, or where their threads are."""
+    from dynacut.cli.listed import LEARNED, STANDING, show_blocks
     from dynacut.shared.keep import learned_blocks, union_of_all
     from dynacut.shared.region import find_region
+    from dynacut.shared.standing import standing_of
 
     chosen = [process for process in image.processes if not arguments.pid or process.pid in arguments.pid]
-    regions = [(process, find_region(process)) for process in chosen]
-    show_learned(
-        union_of_all(learned_blocks(process, found.table if found else None) for process, found in regions),
+    if arguments.standing:
+        parts = [standing_of(each, [(thread.rip, thread.rsp) for thread in each.threads]) for each in chosen]
+    else:
+        regions = [(process, find_region(process)) for process in chosen]
+        parts = [learned_blocks(process, found.table if found else None) for process, found in regions]
+    show_blocks(
+        union_of_all(parts),
+        STANDING if arguments.standing else LEARNED,
         {"image": str(arguments.image)},
         arguments.output,
         as_json=arguments.json,

@@ -13,7 +13,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from dynacut.shared.picture import DrawnModule, Phase, Picture, Share
 
@@ -220,10 +220,10 @@ def _of(share: Share) -> dict[str, int]:
 # As a page for a browser.
 
 
-def page_of(picture: Picture, figures: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())) -> str:
+def page_of(picture: Picture, tables: Sequence[Mapping[str, Any]] = (), *, title: str = "Code by phase") -> str:
     """Return the page: one document that loads nothing and runs no script but its own.
 
-    figures: columns and rows of a table to stand above the pictures.
+    tables: columns and rows of those to stand above the pictures. title: what the page is headed.
     """
     import base64
     import hashlib
@@ -243,6 +243,7 @@ def page_of(picture: Picture, figures: tuple[Sequence[str], Sequence[Sequence[st
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     colours = [*(f"phase-{index}" for index in range(len(picture.phases))), "several", "never", "no-code"]
     return environment.get_template("picture.html.j2").render(
+        title=printable(title),
         script=Markup(script),
         digest=digest,
         style=Markup((_FILES / "picture.css").read_text("utf-8")),
@@ -262,8 +263,7 @@ def page_of(picture: Picture, figures: tuple[Sequence[str], Sequence[Sequence[st
             }
             for module in picture.modules
         ],
-        columns=figures[0],
-        figures=[[printable(cell) for cell in row] for row in figures[1]],
+        tables=[(table["columns"], [[printable(cell) for cell in row] for row in table["rows"]]) for table in tables],
         warnings=[printable(line) for line in picture.warnings],
         data=_data(picture, colours),
     )

@@ -44,6 +44,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="list the blocks that `learn` has put back, in the order of their hits; with -o F, as a drcov log",
     )
     what.add_argument(
+        "--standing",
+        action="store_true",
+        help="list where threads are or return to: what cannot be removed under their feet; with -o F, as a drcov log",
+    )
+    what.add_argument(
         "--handler",
         metavar="LIB.so[:SYMBOL]",
         help="load this library; its SIGTRAP handler (default: trap_handler) gets the program's own traps, and hits of "
@@ -86,6 +91,7 @@ class Request:
                 ("--enable", bool(arguments.enable)),
                 ("--undo", arguments.undo),
                 ("--learned", arguments.learned),
+                ("--standing", arguments.standing),
             )
             if given
         ]
@@ -95,9 +101,10 @@ class Request:
             raise _usage("--handler installs, and --enable and --undo take away", "do one after the other")
         if arguments.handler_at is not None and arguments.handler is None:
             raise _usage("--handler-at places a library", "give the library by --handler LIB.so")
-        if arguments.learned and arguments.handler is not None:
-            raise _usage("--handler installs, and --learned only shows", "do one after the other")
-        self.changes = (bool(asked) and not arguments.learned) or arguments.handler is not None
+        self.lists = arguments.learned or arguments.standing
+        if self.lists and arguments.handler is not None:
+            raise _usage(f"--handler installs, and {asked[0]} only shows", "do one after the other")
+        self.changes = (bool(asked) and not self.lists) or arguments.handler is not None
         if arguments.feature and arguments.plan is None:
             raise _usage("--feature chooses among the features of a plan", "give the plan by --plan FILE")
         if (arguments.on_hit is not None or arguments.name is not None) and not arguments.disable:

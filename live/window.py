@@ -48,7 +48,7 @@ def write_in_window(
             if time.monotonic() > deadline:
                 raise DynacutError(
                     f"{process.label}: {busy.what}",
-                    "try again with a longer --timeout, or use --scope entry, which needs only the first byte",
+                    "try a longer --timeout or --scope entry, or leave out what --standing lists (dynacut plan --keep)",
                 )
             if not closed and not busy.waits and attempts >= _OPEN_ATTEMPTS:
                 closed = True

@@ -22,5 +22,5 @@ def apply(process: ImageProcess, patches: PatchSet) -> None:
     except stopped.ThreadAmidError as error:
         raise DynacutError(
             error.problem,
-            "make the image at another moment, or use --scope entry, which needs only the first byte",
+            "use --scope entry, which needs only first bytes, or leave out what --standing lists (dynacut plan --keep)",
         ) from None

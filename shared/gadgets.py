@@ -1,63 +1,43 @@
-"""How many ROP gadgets code holds: the addresses from which an attacker's return address could go on.
+"""How many ROP gadgets code holds, as ROPgadget counts them: its command line, on the bare bytes.
 
-A gadget is an address, aligned to the program's own instructions or not, from which at most MAX_INSTRUCTIONS are
-executed one after the other, the last of them a return or an indirect jump or call, and none before it a branch, a trap
-or a system call. Each address counts once. ROPgadget and ropper count different texts of instructions, and so have
-other numbers; what is to be compared is two counts of one tool.
+ROPgadget (BSD-3-Clause) finds the short runs of instructions, aligned to the program's own or not, that end in a
+return, an indirect jump or call, or a system call. Each text of instructions counts once; at its default, at most ten
+bytes lie before the end.
 """
 
 from __future__ import annotations
 
-from dynacut.shared.decode import MAX_INSTRUCTION, disassembler
+import re
+import subprocess
+import sys
+import tempfile
 
-MAX_INSTRUCTIONS = 6
-"""The longest gadget, its end included."""
-_AT_ONCE = 4  # instructions: few, as most streams soon run into one that is known
-_CHUNK = _AT_ONCE * MAX_INSTRUCTION
-_UNKNOWN, _BROKEN = 0, 255
-_END = 254
-_INDIRECT = frozenset({"jmp", "call"})
-_RETURNS = frozenset({"ret", "retf"})
-_STOPS = ("j", "loop", "int", "ud", "hlt", "iret", "call", "sys", "xbegin")
+from dynacut.shared.errors import DynacutError
+
+_COMMAND = (sys.executable, "-c", "import ropgadget; ropgadget.main()")
+_ARCHITECTURE = ("--rawArch", "x86", "--rawMode", "64")
+_COUNT = re.compile(r"^Unique gadgets found: (\d+)$", re.MULTILINE)
+_TIMEOUT = 600
 
 
 def count_gadgets(code: bytes) -> int:
-    """The number of gadgets in a stretch of code; some seconds for each megabyte."""
-    steps = _steps(code)
-    lengths = bytearray(len(code) + MAX_INSTRUCTION)
-    count = 0
-    for offset in range(len(code) - 1, -1, -1):
-        step = steps[offset]
-        if step == _END:
-            lengths[offset] = 1
-        elif step != _BROKEN:
-            following = lengths[offset + step]
-            lengths[offset] = following + 1 if 0 < following < MAX_INSTRUCTIONS else 0
-        count += lengths[offset] > 0
-    return count
+    """The number of unique gadgets in a stretch of code; some seconds for each megabyte.
 
-
-def _steps(code: bytes) -> bytearray:
-    """For each offset the size of the instruction there, or _END, or _BROKEN."""
-    disassemble = disassembler()
-    steps = bytearray(len(code))
-    for start in range(len(code)):
-        if steps[start] != _UNKNOWN:
-            continue
-        position = start
-        for offset, size, mnemonic, operands in disassemble(code[start : start + _CHUNK], start, _AT_ONCE):
-            if steps[offset] != _UNKNOWN:
-                break
-            steps[offset] = _step(size, mnemonic.rpartition(" ")[2], operands)
-            position = offset + size
-            if steps[offset] in (_END, _BROKEN):
-                break
-        if position == start:
-            steps[start] = _BROKEN
-    return steps
-
-
-def _step(size: int, mnemonic: str, operands: str) -> int:
-    if mnemonic in _RETURNS or (mnemonic in _INDIRECT and not operands[:1].isdigit()):
-        return _END
-    return _BROKEN if mnemonic.startswith(_STOPS) else size
+    Raises:
+        DynacutError: ROPgadget does not run.
+    """
+    with tempfile.NamedTemporaryFile(prefix="dynacut-code-") as file:
+        file.write(code)
+        file.flush()
+        words = [*_COMMAND, "--binary", file.name, *_ARCHITECTURE]
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    found = _COUNT.search(done.stdout)
+    if found is None:
+        raise DynacutError(
+            "ROPgadget does not count",
+            "install it: pip install ROPGadget",
+            details=(done.stderr or done.stdout).splitlines()[-1:],
+        )
+    return int(found[1])

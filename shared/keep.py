@@ -45,6 +45,11 @@ def union_of_all(coverages: Iterable[Coverage]) -> Coverage:
     return Coverage(()).union(*coverages)
 
 
+def planned_code(plan: Plan) -> Coverage:
+    """What a plan names by ``module+0xOFFSET``, as coverage."""
+    return Coverage(tuple(_planned(plan).values()))
+
+
 def without(plan: Plan, kept: Coverage) -> tuple[Plan, int]:
     """The plan without the sites that any kept byte lies in, and how many these are.
 
@@ -53,19 +58,12 @@ def without(plan: Plan, kept: Coverage) -> tuple[Plan, int]:
     Raises:
         DynacutError: nothing at all would be left.
     """
-    planned: dict[str, dict[int, int]] = {}
-    for feature in plan.features:
-        for site in feature.sites:
-            name, offset = _place(site)
-            if name in plan.modules:
-                planned.setdefault(name, {})[offset] = site.size or 1
-    names = list(planned)
-    modules = [CoveredModule.of(plan.modules[name].path, planned[name], plan.modules[name].build_id) for name in names]
-    left = dict(zip(names, Coverage(tuple(modules)).difference(kept).modules, strict=True))
+    planned = _planned(plan)
+    left = dict(zip(planned, planned_code(plan).difference(kept).modules, strict=True))
 
     def stays(site: PlannedSite) -> bool:
         name, offset = _place(site)
-        return name not in left or left[name].blocks.get(offset) == planned[name][offset]
+        return name not in left or left[name].blocks.get(offset) == planned[name].blocks[offset]
 
     features = [
         replace(feature, sites=tuple(site for site in feature.sites if stays(site))) for feature in plan.features
@@ -75,6 +73,20 @@ def without(plan: Plan, kept: Coverage) -> tuple[Plan, int]:
     if not features and not (plan.edits or plan.added or plan.removed):
         raise DynacutError("all blocks of the plan are to be kept: nothing is left of it", "there is nothing to remove")
     return replace(plan, features=tuple(features)), count
+
+
+def _planned(plan: Plan) -> dict[str, CoveredModule]:
+    """The sites of a plan's modules, by the modules' names in it."""
+    planned: dict[str, dict[int, int]] = {}
+    for feature in plan.features:
+        for site in feature.sites:
+            name, offset = _place(site)
+            if name in plan.modules:
+                planned.setdefault(name, {})[offset] = site.size or 1
+    return {
+        name: CoveredModule.of(plan.modules[name].path, blocks, plan.modules[name].build_id)
+        for name, blocks in planned.items()
+    }
 
 
 def _place(site: PlannedSite) -> tuple[str, int]:

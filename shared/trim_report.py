@@ -109,13 +109,15 @@ def _of_startup(part: StartupCode, coverage: Coverage) -> Amount:
     return Amount.of(part.only[offset] for offset in found)
 
 
-def table_rows(modules: Sequence[ModuleReport], process: Mapping[str, Any]) -> list[list[str]]:
-    """The report as lines of a table: what, of which module, blocks, bytes.
+CODE_COLUMNS = ("code", "module", "blocks", "bytes")
+CHANGE_COLUMNS = ("", "module", "before", "after")
 
-    process: what step `check` has noted: memory before and after, unmapped pages.
-    """
-    rows = []
-    for module in modules:
+
+def code_rows(modules: Sequence[ModuleReport]) -> list[list[str]]:
+    """What ran and what was removed, as lines of a table of CODE_COLUMNS."""
+    return [
+        [title, module.name, f"{amount.blocks:,}", f"{amount.size_bytes:,}"]
+        for module in modules
         for title, amount in (
             ("executed at start-up", module.init),
             ("executed in service", module.serving),
@@ -123,13 +125,23 @@ def table_rows(modules: Sequence[ModuleReport], process: Mapping[str, Any]) -> l
             (f"removed ({module.removed_share:.1%})", module.removed),
             ("kept, as learned", module.learned),
             ("kept, as threads were there", module.standing),
-        ):
-            rows.append([title, module.name, f"{amount.blocks:,}", f"{amount.size_bytes:,}"])
-        if module.gadgets is not None:
-            before, after = module.gadgets
-            rows.append([f"ROP gadgets: {before:,} → {after:,}", module.name, "", ""])
+        )
+    ]
+
+
+def change_rows(modules: Sequence[ModuleReport], process: Mapping[str, Any]) -> list[list[str]]:
+    """Gadgets, pages and memory before and after, as lines of a table of CHANGE_COLUMNS.
+
+    process: what the last step has noted: text pages, memory before and after, unmapped pages.
+    """
+    rows = [
+        ["ROP gadgets", module.name, *(f"{count:,}" for count in module.gadgets)]
+        for module in modules
+        if module.gadgets is not None
+    ]
+    pages, unmapped = process["text_pages"], process["unmapped_pages"]
+    rows.append(["mapped pages of text", "", f"{pages:,}", f"{pages - unmapped:,}"])
     before, after = process["memory_before"], process["memory_after"]
-    for name, title in (("rss", "resident memory"), ("pss", "… shared pages divided")):
-        rows.append([f"{title}: {before[name] >> 10:,} → {after[name] >> 10:,} KiB", "", "", f"{after[name]:,}"])
-    rows.append([f"pages of text unmapped: {process['unmapped_pages']:,}", "", "", ""])
+    for name, title in (("rss", "resident memory, KiB"), ("pss", "… shared pages divided, KiB")):
+        rows.append([title, "all", f"{before[name] >> 10:,}", f"{after[name] >> 10:,}"])
     return rows

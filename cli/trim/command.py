@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ EPILOG = """examples:
 """
 _BY_CHECKPOINT = ("trace", "plan", "checkpoint", "learn", "remove", "check")
 _LIVE = ("trace", "plan", "live")
+_TOLD = ("init_blocks", "serving_blocks", "blocks", "passes", "learned", "standing", "sites", "processes", "hits")
 _TITLES = {
     "trace": "which blocks run at start-up, and which later",
     "plan": "start-up code: init minus all later phases",
@@ -71,6 +73,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--quiet-passes", type=_count, default=3, metavar="N", help="that bring nothing new (default: 3)"
     )
     phases.add_argument("--idle", type=float, default=1.0, metavar="S", help="wait after each pass (default: 1)")
+    phases.add_argument(
+        "--linger",
+        type=float,
+        default=12.0,
+        metavar="S",
+        help="then leave the service to its timers for S seconds (default: 12)",
+    )
     phases.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for each command (default: 300)")
     what = parser.add_argument_group("what to remove, and how")
     what.add_argument("--module", action="append", default=[], metavar="M", help="of this (default: the executable)")
@@ -95,14 +104,14 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 
     require_root("a trim")
     become_subreaper()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends, or puts back, the service as Ctrl-C does
     state = State(arguments.directory, _request(arguments, command))
     names = _LIVE if arguments.live else _BY_CHECKPOINT
     if state.details(names[-1]) is None:
         _end_leftover(state)
     with Steps(shown=not arguments.quiet) as steps:
         trim = _trim(arguments, command, state, steps.tell)
-        for number, name in enumerate(names, 1):
-            _step(trim, name, f"{number}/{len(names)} {name}", quiet=arguments.quiet)
+        _do(trim, names, quiet=arguments.quiet)
         steps.tell("drawing the report")
         report = write_report(trim, names)
     if arguments.end and (process := state.process) is not None:
@@ -159,6 +168,7 @@ def _end_leftover(state: State) -> None:
 
 
 def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell: Callable[[str], None]) -> Trim:
+    from dynacut.cli.trim.instance import Instance
     from dynacut.cli.trim.service import Service
     from dynacut.cli.trim.steps import Trim
     from dynacut.cli.trim.tracer import PhaseTracer
@@ -173,37 +183,53 @@ def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell:
         arguments.ready_log,
         arguments.timeout,
     )
-    return Trim(
-        service,
-        state,
-        PhaseTracer(service, tuple(arguments.module), arguments.idle, arguments.passes, arguments.quiet_passes, tell),
-        tell,
-        arguments.pid,
-        tuple(arguments.init),
-        tuple(arguments.serving),
-        arguments.on_hit,
-        arguments.scope,
-        arguments.criu,
+    instance = Instance(service, state, tell, arguments.pid, arguments.criu)
+    tracer = PhaseTracer(
+        instance,
+        tuple(arguments.module),
+        arguments.idle,
+        arguments.passes,
+        arguments.quiet_passes,
+        arguments.linger,
     )
+    return Trim(instance, tracer, tuple(arguments.init), tuple(arguments.serving), arguments.on_hit, arguments.scope)
+
+
+def _do(trim: Trim, names: Sequence[str], *, quiet: bool) -> None:
+    """Does the steps that are not done. If one fails, the service is left as it was before."""
+    for number, name in enumerate(names, 1):
+        try:
+            _step(trim, name, f"{number}/{len(names)} {name}", quiet=quiet)
+        except KeyboardInterrupt:
+            trim.instance.fall_back()
+            left = "has ended" if trim.instance.given is None else "runs as before"
+            following = next(name for name in names if trim.instance.state.details(name) is None)
+            raise DynacutError(
+                f"interrupted; the service {left}", f"the same command again goes on with step {following}"
+            ) from None
+        except BaseException:
+            trim.instance.fall_back()
+            raise
 
 
 def _step(trim: Trim, name: str, title: str, *, quiet: bool) -> None:
     """Does a step, unless it is done."""
-    said = trim.state.details(name)
+    state = trim.instance.state
+    said = state.details(name)
     if said is None:
-        trim.tell(title)
+        trim.tracer.tell(title)
         began = time.perf_counter()
         said = getattr(trim, name)()
         said = {**said, "seconds": round(time.perf_counter() - began, 1)}
-        trim.state.finish(name, said)
+        state.finish(name, said)
         suffix = f"{said['seconds']} s"
     else:
         suffix = "done before"
     if quiet:
         return
-    numbers = [f"{key.replace('_', ' ')} {said[key]:,}" for key in said if isinstance(said[key], int)]
+    numbers = [f"{key.replace('_', ' ')} {said[key]:,}" for key in _TOLD if key in said]
     text = f"{title}: {_TITLES[name]} ({', '.join([*numbers, suffix])})"
-    trim.tell("")
+    trim.tracer.tell("")
     print(f"\r{printable(text)}" if sys.stderr.isatty() else printable(text), file=sys.stderr, flush=True)
 
 

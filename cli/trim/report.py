@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import print_table
@@ -12,8 +13,6 @@ from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.cli.trim.steps import Trim
-
-_COLUMNS = ["", "module", "blocks", "bytes"]
 
 
 def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
@@ -24,41 +23,55 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     """
     from dynacut.cli.plan_startup import read_union
     from dynacut.cli.show import page_of, write_page
+    from dynacut.shared.keep import planned_code
     from dynacut.shared.picture import Phase, picture_of
     from dynacut.shared.plan import load
     from dynacut.shared.startup import startup_code
-    from dynacut.shared.trim_report import module_reports, table_rows
+    from dynacut.shared.trim_report import CHANGE_COLUMNS, CODE_COLUMNS, change_rows, code_rows, module_reports
 
     init, serving, learned, standing = (
         read_union([trim.path(f"{name}.drcov")]) for name in ("init", "serving", "learned", "standing")
     )
-    last = trim.state.details(steps[-1]) or {}
+    last = trim.instance.state.details(steps[-1]) or {}
     parts = startup_code(init, [serving], trim.tracer.modules)
     gadgets = {path: (before, after) for path, (before, after) in last["gadgets"].items()}
-    modules = module_reports(parts, load(trim.path("plan.toml")), learned, standing, gadgets)
-    rows = table_rows(modules, last)
+    plan = load(trim.path("plan.toml"))
+    modules = module_reports(parts, plan, learned, standing, gadgets)
+    tables = [
+        {"columns": CODE_COLUMNS, "rows": code_rows(modules)},
+        {"columns": CHANGE_COLUMNS, "rows": change_rows(modules, last)},
+    ]
     document = {
         "schema": SCHEMA,
         "target": {"pid": last["pid"], "exe": last["exe"]},
         "modules": [module.as_json() for module in modules],
         "memory": {"before": last["memory_before"], "after": last["memory_after"]},
+        "text_pages": last["text_pages"],
         "unmapped_pages": last["unmapped_pages"],
         "hits": last["hits"],
-        "steps": {name: trim.state.details(name) for name in steps},
+        "steps": {name: trim.instance.state.details(name) for name in steps},
         "plan": str(trim.path("plan.toml")),
         "html": str(trim.path("report.html")),
-        "table": rows,
+        "tables": tables,
     }
     write_page(trim.path("report.json"), json.dumps(document, indent=2) + "\n")
-    phases = [Phase("start-up", init), Phase("serving", serving)]
+    removed = planned_code(plan)
+    phases = [
+        Phase("kept start-up", init.difference(removed)),
+        Phase("serving", serving),
+        Phase("removed start-up", removed),
+    ]
     picture = picture_of(phases, [module.path for module in modules])
-    write_page(trim.path("report.html"), page_of(picture, (_COLUMNS, rows)))
+    program = Path(trim.tracer.service.command[0] if trim.tracer.service.command else last["exe"])
+    title = f"{program.name}, trimmed"
+    write_page(trim.path("report.html"), page_of(picture, tables, title=title))
     return document
 
 
 def print_report(document: dict[str, Any], *, ended: bool) -> None:
-    """Prints the table, and where everything is."""
-    print_table("trimmed", _COLUMNS, document["table"], right=frozenset({2, 3}))
+    """Prints the tables, and where everything is."""
+    for title, table in zip(("start-up code", "the service, before and after"), document["tables"], strict=True):
+        print_table(title, table["columns"], table["rows"], right=frozenset({2, 3}))
     print(f"the plan: {printable(document['plan'])}; the picture: {printable(document['html'])}")
     pid = document["target"]["pid"]
     print(f"process {pid} was ended" if ended else f"process {pid} runs on, trimmed")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynacut.live.listening import is_listening
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 PID_VARIABLE = "DYNACUT_PID"
@@ -95,11 +95,7 @@ class Service:
 
     def _is_ready(self, seen: int) -> bool:
         if self.ready_port is not None:
-            try:
-                socket.create_connection(("127.0.0.1", self.ready_port), 1.0).close()
-            except OSError:
-                return False
-            return True
+            return is_listening(self.ready_port)
         if self.ready_log is None or not self.output.exists():
             return self.ready_log is None
         with self.output.open("rb") as file:
@@ -188,23 +184,3 @@ def end(pid: int) -> None:
     from dynacut.offline import processes
 
     processes.end(reversed(processes.tree_of(pid)))
-
-
-def memory_of(pid: int) -> dict[str, int]:
-    """The resident memory of a process with its descendants, in bytes.
-
-    rss: all of it; pss: with shared pages divided by their users. Source: smaps_rollup, proc_pid_smaps(5).
-    """
-    from dynacut.offline import processes
-
-    total = {"rss": 0, "pss": 0}
-    for each in processes.tree_of(pid):
-        try:
-            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue  # it has ended
-        for line in lines:
-            name = line.partition(":")[0].lower()
-            if name in total:
-                total[name] += int(line.split()[1]) * 1024
-    return total

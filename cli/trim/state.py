@@ -27,6 +27,7 @@ class State:
         self._path = directory / _NAME
         self._steps: dict[str, dict[str, Any]] = {}
         self._process: dict[str, int] | None = None
+        self._notes: dict[str, Any] = {}
         self._request = json.loads(json.dumps(request))
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -47,6 +48,7 @@ class State:
             if document["format"] != _FORMAT:
                 raise KeyError("format")
             request, self._steps, self._process = document["request"], document["steps"], document["process"]
+            self._notes = document["notes"]
         except (OSError, ValueError, KeyError, TypeError):
             raise DynacutError(f"{self._path} cannot be read", "remove the directory, and begin anew") from None
         if request != self._request:
@@ -65,6 +67,21 @@ class State:
         self._steps[step] = details
         self._write()
 
+    def forget(self, *steps: str) -> None:
+        """Notes that steps are to be done again."""
+        for step in steps:
+            self._steps.pop(step, None)
+        self._write()
+
+    def note(self, name: str, what: Any) -> None:
+        """Remembers something amid a step, as JSON has it, for the case that the step has to go on after a kill."""
+        self._notes[name] = what
+        self._write()
+
+    def noted(self, name: str) -> Any:
+        """What note() was told; None if nothing was."""
+        return self._notes.get(name)
+
     @property
     def process(self) -> tuple[int, int] | None:
         """The process that was started and not ended: its pid and its start time in clock ticks."""
@@ -77,6 +94,7 @@ class State:
 
     def _write(self) -> None:
         document = {"format": _FORMAT, "request": self._request, "process": self._process, "steps": self._steps}
+        document["notes"] = self._notes
         temporary = self._path.with_suffix(".new")
         try:
             temporary.write_text(json.dumps(document, indent=2) + "\n")

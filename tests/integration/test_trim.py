@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from dynacut.shared.drcov import read
 from dynacut.shared.keep import without
 from dynacut.shared.plan import load
 
-from .checkpoints import reaping, the_criu
+from .checkpoints import the_criu
 from .conftest import Dynacut
 from .http_workload import reload, requests
 from .programs import compile_program, feature
-from .servers import Lighttpd, Nginx, become_subreaper, free_port, is_running, wait_until
+from .servers import Lighttpd, Nginx, Server, become_subreaper, free_port, is_gone, is_running, wait_until
 
 WORKLOAD = Path(__file__).with_name("http_workload.py")
 TIMEOUT = 400
+QUICK = ("--idle", "0.1", "--linger", "0")
+"""For programs without timers."""
 ENDED_BY_SIGTRAP = -int(signal.SIGTRAP)
 
 
@@ -114,7 +117,7 @@ def test_a_signal_handler_of_start_up_is_gone_and_the_work_goes_on(way: str, tri
     program = compile_program("startup", tmp_path)
     options = ("--live",) if way == "live" else ()
     work = asking(port, "'work 5'", str(feature(5)))
-    report = trim(*options, "--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--", program, port)
+    report = trim(*options, "--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
     assert_trimmed(report, 0.8)
     pid = report["target"]["pid"]
     assert [ask(port, f"work {n}") for n in (3, 9)] == [str(feature(3)), str(feature(9))]
@@ -126,7 +129,7 @@ def test_the_graceful_end_was_a_phase_and_passes(trim: Trims, tmp_path: Path) ->
     port = free_port()
     work = asking(port, "'work 5'", str(feature(5)))
     program = compile_program("startup", tmp_path)
-    report = trim("--live", "--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--", program, port)
+    report = trim("--live", "--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
     os.kill(report["target"]["pid"], signal.SIGTERM)
     assert ended(report["target"]["pid"]) == 0
     assert "ended after 1 interrupts" in (trim.directory / "output.log").read_text().splitlines()[-1]
@@ -142,29 +145,25 @@ def test_a_service_that_runs_keeps_its_pid_and_its_state(
     port = free_port()
     program = compile_program("startup", tmp_path)
     work = asking(port, "'work 5'", str(feature(5)))
-    trim("--live", "--ready-log", "^ready", "--workload", work, "--end", "--", program, port)
+    trim("--live", "--ready-log", "^ready", *QUICK, "--workload", work, "--end", "--", program, port)
     init = trim.directory.rename(tmp_path / "first") / "init.drcov"
     become_subreaper()
-    with (tmp_path / "log").open("ab") as log:
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        service = subprocess.Popen([program, str(port)], start_new_session=True, **quiet)  # type: ignore[call-overload]
-    pid = service.pid
-    try:
-        wait_until(lambda: "ready" in (tmp_path / "log").read_text(), "the service")
+    options = ["--live"] if way == "live" else []
+    with service(program, port, tmp_path / "log") as pid:
+        dynacut.json("live", "--pid", pid, "--disable", "on_end", "--on-hit", "return=0", "--as", "end")
         before = text_of(pid, program)
-        options = ["--live"] if way == "live" else []
-        options += ["--pid", str(pid), "--init", str(init)]
+        options += ["--pid", str(pid), "--init", str(init), *QUICK]
         failed = dynacut("trim", "-o", tmp_path / "failed", *options, "--workload", "false")
         assert failed.returncode == 3
         assert text_of(pid, program) == before
-        with reaping([pid]) if way == "checkpoint" else nullcontext():
-            report = trim(*options, "--workload", work)
+        report = trim(*options, "--workload", work)
         assert report["target"]["pid"] == pid
         assert_trimmed(report, 0.8)
         assert ask(port, "work 7") == str(feature(7))
-    finally:
-        assert processes.end([pid]) == []
-        service.poll()
+        features = {each["name"]: each["state"] for each in dynacut.json("live", "--pid", pid)["features"]}
+        assert features == {"end": "disabled", "startup": "disabled"}
+        os.kill(pid, signal.SIGTERM)
+        assert ask(port, "work 7") == str(feature(7))
 
 
 def test_each_way_to_shut_down_is_traced_on_an_instance_of_its_own(trim: Trims, tmp_path: Path) -> None:
@@ -175,7 +174,7 @@ def test_each_way_to_shut_down_is_traced_on_an_instance_of_its_own(trim: Trims, 
     plain = "kill -TERM $DYNACUT_PID"
     again = f"bash -c 'exec 3<>/dev/tcp/127.0.0.1/{port}; echo again >&3; read sum <&3' && {plain}"
     ways = ("--shutdown", plain, "--shutdown", again)
-    report = trim("--live", "--ready-log", "^ready", "--workload", work, *ways, "--", program, port)
+    report = trim("--live", "--ready-log", "^ready", *QUICK, "--workload", work, *ways, "--", program, port)
     assert_trimmed(report, 0.7)
     output = (trim.directory / "output.log").read_text()
     assert (output.count("ready"), output.count("ended after")) == (3, 2)
@@ -200,7 +199,7 @@ def test_a_path_left_out_of_the_serving_phases_is_learned(way: str, trim: Trims,
     work = asking(port, "'work 5'", str(feature(5)))
     again = f"test ! -e {trim.directory}/standing.drcov || {asking(port, 'again', str(checksum))}"
     report = trim(
-        *options, "--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--workload", again, "--", program, port
+        *options, "--ready-log", "^ready", *QUICK, "--workload", work, "--workload", again, "--", program, port
     )
     (module,) = report["modules"]
     assert module["learned"]["blocks"] >= 3
@@ -221,7 +220,19 @@ def test_an_interrupted_trim_goes_on_with_the_step_that_is_not_done(
     work = asking(port, "'work 5'", str(feature(5)))
     # Fails from the second instance on, until there is permission.
     serve = f"test ! -e {trim.directory}/plan-learn.toml -o -e {permission}"
-    common = ["--live", "--ready-log", "^ready", "--workload", work, "--serve", serve, "--", str(program), str(port)]
+    common = [
+        "--live",
+        "--ready-log",
+        "^ready",
+        *QUICK,
+        "--workload",
+        work,
+        "--serve",
+        serve,
+        "--",
+        str(program),
+        str(port),
+    ]
     failed = dynacut("trim", "-o", trim.directory, *common)
     assert failed.returncode == 3
     assert f"status 1 of: {serve}" in failed.stderr
@@ -238,13 +249,103 @@ def test_an_interrupted_trim_goes_on_with_the_step_that_is_not_done(
     assert trim(*common)["target"] == report["target"], "all is done: the report is made again, nothing else"
 
 
+KILL, INTERRUPT = signal.SIGKILL, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("given", "signals"),
+    [(False, (KILL, INTERRUPT, KILL, KILL)), (True, (KILL, KILL, KILL, KILL)), (True, (INTERRUPT,) * 4)],
+)
+def test_a_trim_may_be_ended_in_every_step_and_goes_on(
+    given: bool, signals: tuple[signal.Signals, ...], trim: Trims, tmp_path: Path
+) -> None:
+    """An instance of its own is not in the way of the next one; a service that ran before runs on, whatever happens."""
+    the_criu()
+    port = free_port()
+    program = compile_program("startup", tmp_path)
+    become_subreaper()
+    gate, arrived = tmp_path / "gate.sh", tmp_path / "arrived"
+    gate.write_text("false")
+    # Each pass waits while the gate says so.
+    asked = asking(port, "'work 5'", str(feature(5)))
+    work = f"while sh {gate}; do touch {arrived}; sleep 0.02; done; {asked}"
+    options = ["--idle", "0.05", "--quiet-passes", "1", "--linger", "0", "--workload", work]
+    with ExitStack() as stack:
+        if given:
+            trim("--live", "--ready-log", "^ready", *QUICK, "--workload", "true", "--end", "--", program, port)
+            init = trim.directory.rename(tmp_path / "first") / "init.drcov"
+            pid = stack.enter_context(service(program, port, tmp_path / "log"))
+            before = text_of(pid, program)
+            options += ["--pid", str(pid), "--init", str(init)]
+        else:
+            options += ["--ready-log", "^ready", "--", str(program), str(port)]
+        images = {name: f"-e {trim.directory}/{name}" for name in ("plan-learn.toml", "image-learn", "image-final")}
+        steps = {
+            "trace": f"test ! {images['plan-learn.toml']}",
+            "checkpoint": f"test {images['plan-learn.toml']} -a ! {images['image-learn']}",
+            "learn": f"test {images['image-learn']} -a ! {images['image-final']}",
+            "check": f"test {images['image-final']}",
+        }
+        for (step, condition), number in zip(steps.items(), signals, strict=True):
+            gate.write_text(condition)
+            arrived.unlink(missing_ok=True)
+            words = [sys.executable, "-m", "dynacut.cli.main", "trim", "-o", str(trim.directory), *options]
+            with subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+                wait_until(lambda: arrived.exists() or process.poll() is not None, f"step {step}", 60)
+                process.send_signal(number)
+                _, errors = process.communicate(timeout=60)
+            assert arrived.exists(), errors
+            gate.write_text("false")
+            assert process.returncode == (-KILL if number is KILL else 1), errors
+            if number is INTERRUPT:
+                assert "the same command again goes on with step" in errors
+            if given:
+                wait_until(lambda: not is_traced(pid), "the end of the trace")
+                assert ask(port, "work 3") == str(feature(3))
+                assert number is KILL or text_of(pid, program) == before
+            elif number is INTERRUPT:
+                with pytest.raises(OSError):
+                    ask(port, "work 1")
+        report = trim(*options)
+        assert_trimmed(report, 0.8)
+        assert not given or report["target"]["pid"] == pid
+        assert ask(port, "work 9") == str(feature(9))
+
+
+def is_traced(pid: int) -> bool:
+    return processes.status_of(pid)["TracerPid"] != "0"
+
+
+@contextmanager
+def service(program: Path, port: int, log: Path) -> Iterator[int]:
+    """An instance that runs already: a daemon, whose parent reaps it whenever it has ended."""
+    with log.open("ab") as output:
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        pid = subprocess.Popen([program, str(port)], start_new_session=True, **quiet).pid  # type: ignore[call-overload]
+    stop = threading.Event()
+
+    def reap() -> None:
+        while not stop.wait(0.002):
+            is_gone(pid)
+
+    thread = threading.Thread(target=reap, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: "ready" in log.read_text(), "the service")
+        yield int(pid)
+    finally:
+        stop.set()
+        thread.join()
+        assert processes.end([pid]) == []
+
+
 def test_both_ways_leave_the_same_bytes(dynacut: Dynacut, trim: Trims, tmp_path: Path) -> None:
     """The final plan of a trim, applied live to a fresh instance and to an image of it."""
     the_criu()
     port = free_port()
     program = compile_program("startup", tmp_path)
     work = asking(port, "'work 5'", str(feature(5)))
-    report = trim("--ready-log", "^ready", "--idle", "0.2", "--workload", work, "--", program, port)
+    report = trim("--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
     trimmed = text_of(report["target"]["pid"], program)
     trim.end()
     with subprocess.Popen([program, str(port)], stdout=subprocess.PIPE, text=True) as fresh:
@@ -296,71 +397,67 @@ def test_redis_serves_its_whole_benchmark(trim: Trims, tmp_path: Path) -> None:
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed")
     port, other = free_port(), free_port()
-    options = ("--save", "", "--dir", str(tmp_path))
+    # What redis's replicationCron does every tenth time, once in ten seconds, it is to do every time.
+    options = ("--save", "", "--dir", str(tmp_path), "--repl-ping-replica-period", "1")
     work = f"redis-benchmark -p {port} -n 1000 -q"
     save = f"redis-cli -p {port} bgsave && until redis-cli -p {port} info | grep -q in_progress:0; do sleep 0.05; done"
-    report = trim(
-        "--ready-port", port, "--workload", work, "--serve", save, "--", "redis-server", "--port", port, *options
-    )
+    passes = ("--passes", "5", "--idle", "0.2", "--linger", "6")
+    command = ("redis-server", "--port", str(port), *options)
+    report = trim("--ready-port", port, "--workload", work, "--serve", save, *passes, "--scope", "page", "--", *command)
     assert_trimmed(report)
+    assert report["unmapped_pages"] > 0
     pid = report["target"]["pid"]
     subprocess.run(work.split(), check=True, capture_output=True, timeout=120)
     with subprocess.Popen(["redis-server", "--port", str(other), *options], stdout=subprocess.DEVNULL) as untouched:
         wait_until(lambda: answers(other), "the untouched redis")
         pairs = [(rate(port, "get"), rate(other, "get")) for _ in range(3)]
         untouched.terminate()
-    assert max(one for one, _ in pairs) > 0.7 * max(both for _, both in pairs), pairs
+    assert max(one for one, _ in pairs) > 0.5 * max(both for _, both in pairs), pairs  # figures: bench/trim.py
     os.kill(pid, signal.SIGTERM)
     assert ended(pid) == 0
     assert "bye bye" in (trim.directory / "output.log").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["checkpoint", "live"])
-def test_nginx_serves_reloads_and_ends(way: str, trim: Trims) -> None:
-    if way == "checkpoint":
-        the_criu()
-    server = Nginx()
-    with server:
-        command: list[str] = server._process.args  # type: ignore[union-attr, assignment]
-        port = server.port
-        server.end()
-        options = ("--live",) if way == "live" else ()
-        work = f"{sys.executable} {WORKLOAD} {port} --reload $DYNACUT_PID"
-        end = "kill -QUIT $DYNACUT_PID"
-        report = trim(
-            *options, "--ready-port", port, "--workload", work, "--shutdown", end, "--idle", "0.5", "--", *command
-        )
-        assert_trimmed(report)
-        pid = report["target"]["pid"]
-        requests(port)
-        reload(pid)
-        requests(port)
-        os.kill(pid, signal.SIGQUIT)
-        assert ended(pid) == 0
+def command_of(server: Server) -> list[str]:
+    """Its command line, with its port and files; the server itself is ended."""
+    command: list[str] = server._process.args  # type: ignore[union-attr, assignment]
+    server.end()
+    return command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["checkpoint", "live"])
-def test_lighttpd_serves_and_ends(way: str, trim: Trims) -> None:
-    if way == "checkpoint":
-        the_criu()
-    server = Lighttpd()
-    with server:
-        command: list[str] = server._process.args  # type: ignore[union-attr, assignment]
-        port = server.port
-        server.end()
-        options = ("--live",) if way == "live" else ()
-        work = f"{sys.executable} {WORKLOAD} {port}"
-        report = trim(*options, "--ready-port", port, "--workload", work, "--idle", "0.5", "--", *command)
-        assert_trimmed(report)
-        pid = report["target"]["pid"]
-        requests(port)
-        # With a connection left, an untouched lighttpd ends with 1 as well, and by other code than was traced here.
-        wait_until(lambda: len(psutil.Process(pid).net_connections("tcp")) == 1, "the end of all connections")
-        os.kill(pid, signal.SIGTERM)
-        assert ended(pid) == 0
-        assert "server stopped by UID" in (trim.directory / "output.log").read_text().splitlines()[-1]
+def test_nginx_serves_reloads_and_ends(nginx: Nginx, trim: Trims) -> None:
+    """The master and its workers, by way of a checkpoint; reload and graceful shutdown were traced."""
+    the_criu()
+    port, command = nginx.port, command_of(nginx)
+    work = f"{sys.executable} {WORKLOAD} {port} --reload $DYNACUT_PID"
+    report = trim(
+        *("--ready-port", port, "--workload", work, "--shutdown", "kill -QUIT $DYNACUT_PID"),
+        *("--idle", "0.3", "--linger", "0", "--", *command),
+    )
+    assert_trimmed(report)
+    pid = report["target"]["pid"]
+    requests(port)
+    reload(pid)
+    requests(port)
+    os.kill(pid, signal.SIGQUIT)
+    assert ended(pid) == 0
+
+
+@pytest.mark.slow
+def test_lighttpd_serves_and_ends(lighttpd: Lighttpd, trim: Trims) -> None:
+    """In the running process."""
+    port, command = lighttpd.port, command_of(lighttpd)
+    work = f"{sys.executable} {WORKLOAD} {port}"
+    report = trim("--live", "--ready-port", port, "--workload", work, "--idle", "0.3", "--linger", "2", "--", *command)
+    assert_trimmed(report)
+    pid = report["target"]["pid"]
+    requests(port)
+    # With a connection left, an untouched lighttpd ends with 1 as well, and by other code than was traced here.
+    wait_until(lambda: len(psutil.Process(pid).net_connections("tcp")) == 1, "the end of all connections")
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 0
+    assert "server stopped by UID" in (trim.directory / "output.log").read_text().splitlines()[-1]
 
 
 # What is refused.

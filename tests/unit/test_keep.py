@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from test_sites import LIBRARY_BASE, MemoryTarget, new_target
 from test_table import Memory
 
-from dynacut.cli.learned import show_learned
+from dynacut.cli.listed import LEARNED, STANDING, show_blocks
 from dynacut.cli.main import main
 from dynacut.handlers.table import Action, TableSite
 from dynacut.shared.coverage import Coverage, CoveredModule
 from dynacut.shared.drcov import read, write
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.keep import learned_blocks, union_of_all, without
+from dynacut.shared.keep import learned_blocks, planned_code, union_of_all, without
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope, load
 
@@ -231,10 +231,22 @@ def test_a_plan_is_as_before_if_nothing_would_be_left_or_a_log_is_broken(tmp_pat
         assert plan.read_text() == text
 
 
+def test_planned_code_is_what_a_plan_names_by_module_and_offset() -> None:
+    sites = (
+        PlannedSite("server+0x10", 8),
+        PlannedSite("server+0x40"),
+        PlannedSite("main", 4),
+        PlannedSite("odd+0x1", 2),
+    )
+    feature = PlannedFeature("f", OnHit.parse("terminate"), Scope.ENTRY, sites)
+    (module,) = planned_code(Plan("p", (feature,), (), {"server": PlannedModule(PATH, "ab")})).modules
+    assert (module.path, module.build_id, module.blocks) == (PATH, "ab", {0x10: 8, 0x40: 1})
+
+
 def test_learned_blocks_are_shown_as_sites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     learned = kept({0x200: 4, 0x100: 9})
     log = tmp_path / "learned.drcov"
-    show_learned(learned, {"pid": 1}, log, as_json=True, verbose=False, quiet=False)
+    show_blocks(learned, LEARNED, {"pid": 1}, log, as_json=True, verbose=False, quiet=False)
     assert json.loads(capsys.readouterr().out) == {
         "schema": 1,
         "target": {"pid": 1},
@@ -242,17 +254,22 @@ def test_learned_blocks_are_shown_as_sites(tmp_path: Path, capsys: pytest.Captur
         "log": str(log),
     }
     assert list(read(log).module(PATH).blocks.items()) == [(0x200, 4), (0x100, 9)]
-    show_learned(learned, {}, None, as_json=False, verbose=False, quiet=False)
+    show_blocks(learned, LEARNED, {}, None, as_json=False, verbose=False, quiet=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == ["1\tserver+0x200\t4", "2\tserver+0x100\t9", "2 blocks learned"]
-    show_learned(Coverage(()), {}, None, as_json=False, verbose=False, quiet=False)
+    show_blocks(Coverage(()), LEARNED, {}, None, as_json=False, verbose=False, quiet=False)
     assert capsys.readouterr().out == "nothing was learned\n"
+    show_blocks(learned, STANDING, {}, None, as_json=True, verbose=False, quiet=False)
+    assert [place["at"] for place in json.loads(capsys.readouterr().out)["standing"]] == [
+        "server+0x200",
+        "server+0x100",
+    ]
 
 
 def test_of_many_learned_blocks_the_first_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     learned = kept({8 * index: 8 for index in range(100)})
-    show_learned(learned, {}, None, as_json=False, verbose=False, quiet=False)
+    show_blocks(learned, LEARNED, {}, None, as_json=False, verbose=False, quiet=False)
     few = capsys.readouterr().out
     assert "… and 60 more" in few and "server+0x140\n" not in few
-    show_learned(learned, {}, None, as_json=False, verbose=True, quiet=False)
+    show_blocks(learned, LEARNED, {}, None, as_json=False, verbose=True, quiet=False)
     assert "server+0x318" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedModule, PlannedSite, Scope
 from dynacut.shared.startup import StartupCode
-from dynacut.shared.trim_report import Amount, module_reports, table_rows
+from dynacut.shared.trim_report import Amount, change_rows, code_rows, module_reports
 
 REQUEST: dict[str, Any] = {"command": ["server", "--port", "1"], "workload": ["true"], "pid": None}
 
@@ -30,6 +30,13 @@ def test_a_state_remembers_what_is_done(tmp_path: Path) -> None:
     again = State(tmp_path / "trim", REQUEST)
     assert again.details("trace") == {"blocks": 7}
     assert again.process == (4711, 99)
+    state.note("memory", {"rss": 4})
+    state.finish("plan", {})
+    state.forget("trace", "check")
+    latest = State(tmp_path / "trim", REQUEST)
+    assert latest.noted("memory") == {"rss": 4}
+    assert latest.noted("other") is None
+    assert (latest.details("trace"), latest.details("plan")) == (None, {})
     again.process = None
     assert State(tmp_path / "trim", REQUEST).process is None
 
@@ -100,7 +107,10 @@ def test_a_report_counts_what_ran_and_what_goes() -> None:
     assert document["removed"] == {"blocks": 2, "bytes": 24}
     assert document["gadgets"] == {"before": 100, "after": 80}
     memory = {"rss": 4096, "pss": 2048}
-    rows = table_rows([report], {"memory_before": memory, "memory_after": memory, "unmapped_pages": 3})
+    rows = code_rows([report])
     assert ["removed (66.7%)", "server", "2", "24"] in rows
-    assert any(row[0] == "ROP gadgets: 100 → 80" for row in rows)
-    assert {len(row) for row in rows} == {4}
+    process = {"memory_before": memory, "memory_after": memory, "text_pages": 9, "unmapped_pages": 3}
+    changes = change_rows([report], process)
+    assert ["ROP gadgets", "server", "100", "80"] in changes
+    assert ["mapped pages of text", "", "9", "6"] in changes
+    assert {len(row) for row in [*rows, *changes]} == {4}
