@@ -18,7 +18,7 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(_ROOT)
 
-from bench import arm, checkpoint, hit, redis_command, stop, trace  # noqa: E402
+from bench import arm, checkpoint, hit, redis_command, stop, trace, trim  # noqa: E402
 from bench.figures import Claim, Table  # noqa: E402
 from bench.machine import describe, take_cores  # noqa: E402
 from bench.programs import BenchmarkError  # noqa: E402
@@ -31,6 +31,8 @@ BENCHMARKS = {
     "trace": trace.run,
     "arm": arm.run,
     "checkpoint": checkpoint.run,
+    "trim": trim.run,
+    "trim": trim.run,
 }
 
 
