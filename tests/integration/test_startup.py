@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -15,10 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dynacut.handlers.table import TableSite
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
 from dynacut.shared.drcov import read
 from dynacut.shared.plan import load as load_plan
+from dynacut.shared.region import find_region
+from dynacut.shared.target import Target
 
 from .checkpoints import the_criu
 from .conftest import Dynacut
@@ -227,15 +230,42 @@ def test_what_was_left_out_of_the_phases_is_learned_and_then_stays(
     use()
 
 
-@pytest.mark.parametrize("name", SERVERS)
+def sites_of(target: Target) -> Sequence[TableSite]:
+    found = find_region(target)
+    assert found is not None
+    assert found.table is not None
+    return found.table.sites
+
+
+def without(code: dict[int, bytes], sites: Sequence[TableSite]) -> dict[int, bytes]:
+    """Code by its address, with zeros for the bytes of some sites."""
+    left = {}
+    for start, data in code.items():
+        changed = bytearray(data)
+        for site in sites:
+            if start <= site.address < start + len(data):
+                changed[site.address - start : site.address - start + len(site.old)] = bytes(len(site.old))
+        left[start] = bytes(changed)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "on_hit"),
+    [("redis", "page", "terminate"), ("nginx", "block", "learn"), ("lighttpd", "block", "learn")],
+)
 def test_live_and_offline_remove_the_same(
     name: str,
+    scope: str,
+    on_hit: str,
     request: pytest.FixtureRequest,
     recorded: Callable[[type[Server]], Recording],
     dynacut: Dynacut,
     tmp_path: Path,
 ) -> None:
-    """All start-up code, every byte of it and whole pages: text, holes and tables of all processes are equal."""
+    """All start-up code, every byte of it and whole pages: text, holes and tables of all processes are equal.
+
+    The timers of the web servers are not in the recording. What they bring back meanwhile, by learning, is left out.
+    """
     server: Server = request.getfixturevalue(name)
     the_criu()
     image, plan, live_log, offline_log = (tmp_path / file for file in ("image", "plan", "live.drcov", "offline.drcov"))
@@ -243,20 +273,23 @@ def test_live_and_offline_remove_the_same(
     before = codes_of(server)
     work(server)
     dynacut.json("checkpoint", "--pid", server.pid, image, "--leave-running")
-    dynacut.json("plan", *recorded(type(server)).logs, "--on-hit", "terminate", "--scope", "page", "-o", plan)
+    dynacut.json("plan", *recorded(type(server)).logs, "--on-hit", on_hit, "--scope", scope, "-o", plan)
     # A block that a thread is in, or will return to, stays.
     assert dynacut.json("offline", image, "--standing", "-o", offline_log)["standing"]
     assert dynacut.json(*tree, "--standing", "-o", live_log)["standing"]
     dynacut.json("plan", "--plan", plan, "--keep", live_log, offline_log)
     dynacut.json("offline", image, "--plan", plan, "-o", tmp_path / "layer")
     (feature,) = dynacut.json(*tree, "--plan", plan)["features"]
-    assert feature["unmapped_pages"] > 0 or not isinstance(server, Redis)
+    assert (feature.get("unmapped_pages", 0) > 0) is (scope == "page")
     with Image(tmp_path / "layer") as rewritten, ExitStack() as stack:
         assert sorted(process.pid for process in rewritten.processes) == sorted(tree_of(server))
         for offline in rewritten.processes:
             live = stack.enter_context(Process(offline.pid))
-            assert text_of(offline) == text_of(live)
-            assert table_of(offline) == table_of(live)
+            learned = [site for site in sites_of(live) if site.order]
+            assert len(learned) < 0.1 * feature["sites"]
+            assert without(text_of(offline), learned) == without(text_of(live), learned)
+            assert sites_of(live) == sites_of(offline)
+            assert learned or table_of(offline) == table_of(live)
     dynacut.json(*tree, "--undo")
     assert {pid: b"".join(code.values()) for pid, code in codes_of(server).items()} == {
         pid: b"".join(code.values()) for pid, code in before.items()
