@@ -32,7 +32,6 @@ BENCHMARKS = {
     "arm": arm.run,
     "checkpoint": checkpoint.run,
     "trim": trim.run,
-    "trim": trim.run,
 }
 
 
