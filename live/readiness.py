@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynacut.live.listening import is_listening
 from dynacut.shared.errors import DynacutError, ExitStatus
 
-_CONNECT_TIMEOUT = 0.05
 _LINE_LIMIT = 1 << 20
 
 
@@ -44,13 +43,7 @@ class Readiness:
         return self._is_true
 
     def _port_answers(self) -> bool:
-        if self._port is None:
-            return False
-        try:
-            socket.create_connection(("localhost", self._port), _CONNECT_TIMEOUT).close()
-        except OSError:
-            return False
-        return True
+        return self._port is not None and is_listening(self._port)
 
     def _log_says_so(self) -> bool:
         pattern = self._pattern
