@@ -138,7 +138,7 @@ def block_threads_again(process: Process, repairs: Sequence[Repair], clock: Stop
     """
     before: dict[int, set[int]] = {}
     for repair in repairs:
-        if repair.kind is RepairKind.THREAD_MASK and _started(process.pid, repair.id) == repair.start_time:
+        if repair.kind is RepairKind.THREAD_MASK and _is_the_same(process.pid, repair):
             before.setdefault(repair.id, set()).add(repair.mask)
     until = time.monotonic() + _PASSING
     while before:
@@ -163,6 +163,18 @@ def block_threads_again(process: Process, repairs: Sequence[Repair], clock: Stop
             return
         if before:
             time.sleep(_LOOK_PAUSE)
+
+
+def _is_the_same(pid: int, repair: Repair) -> bool:
+    """Whether the thread that a repair was recorded of is still there.
+
+    A record from before the process started is one that CRIU has restored with it, its threads with the ids they had;
+    one made in an image says 0.
+    """
+    started, of_process = _started(pid, repair.id), _started(pid, pid)
+    if started is None or of_process is None:
+        return False
+    return started == repair.start_time or repair.start_time < of_process
 
 
 def _started(pid: int, tid: int) -> int | None:
