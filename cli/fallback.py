@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import print_error, warn
+from dynacut.cli.interrupts import uninterrupted
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from dynacut.shared.report import Inspection
 
 _FOLDER = "/var/tmp"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_fallback_options(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +135,7 @@ def _go(pid: int, resolve: Resolve, criu: Criu, arguments: argparse.Namespace) -
     from dynacut.offline.round_trip import round_trip
 
     folder = _new_folder(pid, arguments.images)
-    with _uninterrupted(), Steps(shown=not arguments.quiet) as steps:
+    with uninterrupted(), Steps(shown=not arguments.quiet) as steps:
         try:
             trip = round_trip(
                 pid,
@@ -184,20 +183,6 @@ def _is_left(folder: Path) -> bool:
         with suppress(OSError):
             each.rmdir()
     return folder.exists()
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and the like come into force at the end: in between the process may exist as an image only."""
-    caught: list[int] = []
-    before = [(number, signal.signal(number, lambda number, _: caught.append(number))) for number in _SIGNALS]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-        for each in caught:
-            signal.raise_signal(each)
 
 
 def _look_again(pid: int, arguments: argparse.Namespace, trip: RoundTrip | None) -> Outcome:

@@ -228,21 +228,16 @@ def page_of(picture: Picture, tables: Sequence[Mapping[str, Any]] = (), *, title
     import base64
     import hashlib
 
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(_FILES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    from dynacut.cli.pages import environment
+
+    templates = environment(_FILES)
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     script = (_FILES / "picture.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     colours = [*(f"phase-{index}" for index in range(len(picture.phases))), "several", "never", "no-code"]
-    return environment.get_template("picture.html.j2").render(
+    return templates.get_template("picture.html.j2").render(
         title=printable(title),
         script=Markup(script),
         digest=digest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 
 if TYPE_CHECKING:
-    from dynacut.cli.compare.comparison import Results
     from dynacut.cli.compare.probes import Probe
+    from dynacut.cli.compare.results import Results
 
 HELP = "measure a plan live, by gdb and by checkpoint, side by side"
 DESCRIPTION = (
@@ -77,13 +78,17 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     if arguments.pid is not None:
         _admit(arguments.pid)
         _ask(arguments, ways, features)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: what is in force is undone first
     settings = Settings(arguments.plan.absolute(), tuple(features), arguments.criu)
     with Steps(shown=not arguments.quiet) as steps:
-        comparison = Comparison(settings, ways, arguments.images, steps.tell)
+        comparison = Comparison(settings, ways, arguments.images, steps.tell, renewed=arguments.pid is None)
         comparison.results.left_out.update(left_out)
         results = comparison.run(lambda: _target(arguments, command), arguments.repeat)
     _report(arguments, settings, results)
-    return ExitStatus.DONE if results.equal else ExitStatus.CHECK_FAILED
+    if results.broken_off is not None:
+        raise results.broken_off
+    return ExitStatus.DONE if results.equal and not results.failures else ExitStatus.CHECK_FAILED
 
 
 def _available(wanted: Sequence[Way], criu: Path | None) -> tuple[list[Way], dict[Way, str]]:
@@ -163,6 +168,8 @@ def _report(arguments: argparse.Namespace, settings: Settings, results: Results)
     for way, reason in results.left_out.items():
         if way in results.steps:
             warn(f"{way} is left out: {reason}")
+    for way, failure in results.failures.items():
+        warn(f"{way} failed ({failure.step}) and is left out: {failure.reason}")
     for line in document["warnings"]:
         warn(line)
     if arguments.html is not None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from dynacut.cli.compare.comparison import Measured, Observed, Results
+from dynacut.cli.compare.results import Measured, Observed, Results
 from dynacut.cli.compare.ways import Settings, Step, Way
+from dynacut.cli.quantities import counted, shown
 from dynacut.shared.errors import DynacutError, printable
 from dynacut.shared.report import SCHEMA
 
@@ -22,7 +23,7 @@ NOBODY = "nobody"
 
 
 class Measure(NamedTuple):
-    """A figure: its name in JSON, its title for people, what it is, and its unit: µs, B for bytes, or none."""
+    """A figure: its name in JSON, its title for people, what it is, and its unit: µs, ms, B for bytes, or none."""
 
     name: str
     title: str
@@ -39,6 +40,9 @@ MEASURES = (
     Measure("lost", "lost", "connections that broke", ""),
     Measure("stopped_us", "threads stopped", "the longest time threads of the process stood still", "µs"),
     Measure("wall_us", "command", "the whole command, from its start to its end", "µs"),
+    Measure("dump_ms", "dump", "of a checkpoint: CRIU’s dump, with what is looked at before", "ms"),
+    Measure("rewrite_ms", "rewrite", "of a checkpoint: reading the image and writing the rewritten layer", "ms"),
+    Measure("restore_ms", "restore", "of a checkpoint: CRIU’s restore, with the checks before it", "ms"),
     Measure(
         "copied_bytes",
         "pages copied",
@@ -76,6 +80,11 @@ def document_of(results: Results, settings: Settings, repeat: int) -> dict[str, 
         "ways": [_way(way, results) for way in results.steps if way in results.undone],
         NOBODY: _figures([_seen(observed) for observed in results.quiet]),
         "left_out": [{"way": str(way), "reason": printable(reason)} for way, reason in results.left_out.items()],
+        "failed": [
+            {"way": str(way), "step": str(failure.step), "reason": failure.reason, "restored": failure.restored}
+            for way, failure in results.failures.items()
+        ],
+        "broken_off": _broken_off(results.broken_off),
         "equal": results.equal,
         "warnings": [printable(line) for line in results.warnings],
     }
@@ -93,20 +102,16 @@ def extent_of(target: dict[str, Any]) -> str:
     return f"{printable(target['exe'])}, {processes}, {threads}, {shown(target['resident_bytes'], 'B')} resident"
 
 
-def counted(number: int, one: str, several: str = "") -> str:
-    """A number of things, in words."""
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
-
-
 def verdicts_of(way: dict[str, Any]) -> list[tuple[str, bool]]:
     """What is to be said of a way besides figures, and whether it is as it should be."""
     lost, failed = (max(way[str(step)][name]["worst"] for step in Step) for name in ("lost", "failed"))
+    at_new = "" if lost else ", for new connections"
     return [
         ("the same code", True) if way["same_text"] else ("OTHER CODE than by the first way", False),
         ("the same table", True) if way["same_tables"] else ("ANOTHER TABLE than by the first way", False),
         ("undone completely", True) if way["undone"] else ("NOT UNDONE completely", False),
         ("open connections survived", True) if not lost else (f"up to {lost:.0f} open connections BROKEN", False),
-        ("no request failed", True) if not failed else (f"up to {failed:.0f} requests failed", False),
+        ("no request failed", True) if not failed else (f"up to {failed:.0f} requests failed{at_new}", False),
     ]
 
 
@@ -118,25 +123,10 @@ def cell(figure: dict[str, Any] | None, unit: str) -> str:
     return middle if middle == worst else f"{middle} ({worst})"
 
 
-def shown(value: float, unit: str) -> str:
-    """A number with its unit as people read it: µs, ms or s; bytes in binary multiples."""
-    size = abs(value)
-    if unit == "B":
-        for exponent, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-            if size >= 1 << exponent:
-                return f"{_three_digits(value / (1 << exponent))} {name}"
-        return f"{value:.0f} B" if value else "0"
-    if unit == "µs":
-        for factor, name in ((1e6, "s"), (1e3, "ms")):
-            if size >= factor:
-                return f"{_three_digits(value / factor)} {name}"
-        return f"{value:.0f} µs"
-    return f"{value:g}"
-
-
-def _three_digits(value: float) -> str:
-    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:.{digits}f}"
+def _broken_off(error: DynacutError | KeyboardInterrupt | None) -> str | None:
+    if error is None:
+        return None
+    return error.problem if isinstance(error, DynacutError) else "interrupted"
 
 
 def _way(way: Way, results: Results) -> dict[str, Any]:

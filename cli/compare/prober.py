@@ -42,7 +42,8 @@ class Seen:
     """What a client saw in a window of time.
 
     longest_us: the longest time from a request, all its repetitions included, to its reply. failed: requests that were
-    refused, reset or not answered in time. lost: connections that broke. seconds: how long the window was.
+    refused, reset or not answered in time. lost: connections that broke. seconds: how long the window was. answered:
+    whether the last request was answered, if only after the window.
     """
 
     longest_us: float
@@ -50,6 +51,7 @@ class Seen:
     failed: int
     lost: int
     seconds: float
+    answered: bool
 
 
 class Prober:
@@ -93,7 +95,7 @@ class Prober:
         """Ends the window when the request that is under way is answered; after that many seconds in any case."""
         seconds = time.monotonic() - self._began
         replies = self._cells[_Cell.REPLIES]
-        self._wait(lambda: self._cells[_Cell.REPLIES] > replies, patience)
+        answered = self._wait(lambda: self._cells[_Cell.REPLIES] > replies, patience)
         since = self._cells[_Cell.WANTED_SINCE]
         waiting = time.monotonic_ns() - since if since else 0
         return Seen(
@@ -102,6 +104,7 @@ class Prober:
             failed=self._cells[_Cell.FAILED],
             lost=self._cells[_Cell.LOST],
             seconds=seconds,
+            answered=answered,
         )
 
     def close(self) -> None:

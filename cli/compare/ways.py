@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.cli.interrupts import uninterrupted
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def run_step(way: Way, step: Step, pids: Sequence[int], settings: Settings, imag
     the processes half done.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed meanwhile; the command has ended all the same.
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile; the command has ended by itself all the same.
     """
     pid = str(pids[0])
     command = [sys.executable, "-m"]
@@ -122,10 +123,10 @@ def run_step(way: Way, step: Step, pids: Sequence[int], settings: Settings, imag
     return _run([*command, *settings.what(step), "--json"], pids if way is Way.CHECKPOINT else ())
 
 
-def rehearse(pid: int, settings: Settings) -> Run:
-    """Verifies the plan against the process, and touches nothing; fills the caches that only the first run lacks."""
+def fill_caches(pid: int, settings: Settings) -> None:
+    """Fills the caches that only the first run lacks, by a run that touches nothing; how it ends does not matter."""
     command = [sys.executable, "-m", "dynacut.cli.main", "live", "--pid", str(pid), "--tree", "--dry-run", "--json"]
-    return _run([*command, *settings.what(Step.DISABLE)], ())
+    _run([*command, *settings.what(Step.DISABLE)], ())
 
 
 def _run(command: Sequence[str], reaped: Sequence[int]) -> Run:
@@ -133,34 +134,26 @@ def _run(command: Sequence[str], reaped: Sequence[int]) -> Run:
     import subprocess  # these take 6 ms, which the other commands need not spend
     import tempfile
 
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    with uninterrupted(), tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
         )
-        interrupted = _wait(process, reaped)
+        _wait(process, reaped)
         wall_ms = (time.perf_counter() - started) * 1000
-        if interrupted:
-            raise KeyboardInterrupt
         output.seek(0)
         errors.seek(0)
         return Run(process.returncode, _document(output.read()), _lines(errors.read()), wall_ms)
 
 
-def _wait(process: subprocess.Popen[bytes], reaped: Sequence[int]) -> bool:
-    interrupted = False
+def _wait(process: subprocess.Popen[bytes], reaped: Sequence[int]) -> None:
     descriptor = os.pidfd_open(process.pid)
     try:
-        while True:
-            try:
-                if select.select([descriptor], [], [], _REAP_SECONDS if reaped else None)[0]:
-                    process.wait()
-                    return interrupted
-                for pid in reaped:
-                    with suppress(ChildProcessError):
-                        os.waitpid(pid, os.WNOHANG)
-            except KeyboardInterrupt:
-                interrupted = True
+        while not select.select([descriptor], [], [], _REAP_SECONDS if reaped else None)[0]:
+            for pid in reaped:
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+        process.wait()
     finally:
         os.close(descriptor)
 

@@ -8,17 +8,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from dynacut.cli.compare import comparison
+from dynacut.cli.compare.probes import CommandProbe
 from dynacut.cli.compare.target import state_of
+from dynacut.cli.compare.ways import Settings, Way
+from dynacut.shared.errors import DynacutError
 
-from .checkpoints import reaping, the_criu
+from .checkpoints import the_criu
 from .conftest import Dynacut
+from .programs import compile_program
 from .servers import Nginx, Redis, free_port, wait_until
+from .test_fallback import ConfinedRedis, reaped
 from .test_live_redis import set_plan
 
 PUT_PLAN = """\
@@ -67,19 +74,19 @@ def test_a_redis_is_started_compared_and_ended(dynacut: Dynacut, plan: Path, tmp
     port = free_port()
     page = tmp_path / "page.html"
     command = ("--", "redis-server", "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", tmp_path)
-    what = ("--plan", plan, "--ways", "live,checkpoint", "--repeat", 2, "--json", "--html", page, "--images", tmp_path)
+    what = ("--plan", plan, "--repeat", 1, "--json", "--html", page, "--images", tmp_path)
     done = dynacut("compare", *what, *command)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    check(report, "live", "checkpoint", repeat=2)
+    check(report, "live", "gdb", "checkpoint")
     assert report["probe"] == f"redis PING, 127.0.0.1:{port}"
     assert report["target"]["name"] == "redis-server"
-    live, checkpoint = way(report, "live"), way(report, "checkpoint")
+    live, gdb, checkpoint = (way(report, name) for name in ("live", "gdb", "checkpoint"))
     for step in STEPS:
         assert live[step]["failed"]["worst"] == 0
         assert live[step]["written_bytes"]["worst"] == 0
         assert checkpoint[step]["written_bytes"]["median"] > 1 << 20
-        assert live[step]["stopped_us"]["median"] < checkpoint[step]["stopped_us"]["median"]
+        assert gdb[step]["written_bytes"]["worst"] == 0
         assert checkpoint[step]["stopped_us"]["median"] < 2 * checkpoint[step]["client_us"]["worst"]
     assert live["disable"]["copied_bytes"]["median"] > 0
     assert "dynacut compare: redis-server" in page.read_text()
@@ -93,7 +100,7 @@ def test_a_running_redis_keeps_its_pid_its_data_and_its_clients(
     the_criu()
     assert redis.command("SET", "key", "old") == "OK"
     before = state_of([redis.pid])
-    with reaping([redis.pid]):
+    with reaped(redis.pid):
         report = dynacut.json(
             "compare", "--plan", plan, "--pid", redis.pid, "--repeat", 1, "--yes", "--ways", "live,checkpoint",
             "--images", tmp_path,
@@ -111,7 +118,7 @@ def test_nginx_is_compared_with_its_workers(nginx: Nginx, dynacut: Dynacut, tmp_
     plan = tmp_path / "put.toml"
     plan.write_text(PUT_PLAN)
     pids = [nginx.pid, *nginx.workers]
-    with reaping(pids):
+    with reaped(*pids):
         report = dynacut.json(
             "compare", "--plan", plan, "--pid", nginx.pid, "--repeat", 1, "--ways", "live,checkpoint",
             "--probe-http", f"http://127.0.0.1:{nginx.port}/index.html", "--images", tmp_path,
@@ -133,26 +140,104 @@ def test_a_way_whose_tool_is_missing_is_left_out_loudly(redis: Redis, dynacut: D
     assert "no way is left to compare" in done.stderr
 
 
-def failing_criu(folder: Path, action: str) -> Path:
-    """The real CRIU, but for one action, which fails."""
-    criu = folder / "criu"
-    criu.write_text(f'#!/bin/sh\n[ "$1" = {action} ] && exit 1\nexec {the_criu().path} "$@"\n')
+def failing_criu(folder: Path, action: str, *, after: int = 0) -> Path:
+    """The real CRIU, but for one action, which fails once it has succeeded so many times."""
+    criu, done = folder / "criu", folder / "done"
+    done.touch()
+    criu.write_text(f"""\
+#!/bin/sh
+[ "$1" = {action} ] || exec {the_criu().path} "$@"
+[ $(wc -l < {done}) -lt {after} ] || exit 1
+{the_criu().path} "$@" && echo >> {done}
+""")
     criu.chmod(0o755)
     return criu
 
 
 def test_a_way_that_is_refused_midway_is_left_out(redis: Redis, dynacut: Dynacut, plan: Path, tmp_path: Path) -> None:
     criu = failing_criu(tmp_path, "dump")
-    report = dynacut.json(
-        "compare", "--plan", plan, "--pid", redis.pid, "--ways", "checkpoint,live", "--repeat", 2, "--criu", criu,
-        "--images", tmp_path,
-    )  # fmt: skip
-    check(report, "live", repeat=2)
+    with reaped(redis.pid):
+        report = dynacut.json(
+            "compare", "--plan", plan, "--pid", redis.pid, "--ways", "checkpoint,live", "--repeat", 1, "--criu", criu,
+            "--images", tmp_path,
+        )  # fmt: skip
+    check(report, "live")
     (left,) = report["left_out"]
     assert left["way"] == "checkpoint"
     assert "CRIU cannot dump process" in left["reason"]
     assert images_in(tmp_path) == []
     assert redis.command("SET", "key", "value") == "OK"
+
+
+def test_a_way_that_fails_midway_is_put_back_and_the_others_go_on(
+    redis: Redis, dynacut: Dynacut, plan: Path, tmp_path: Path
+) -> None:
+    """A CRIU that dumps once: the plan is applied by checkpoint, and cannot be undone by it."""
+    criu = failing_criu(tmp_path, "dump", after=1)
+    before = state_of([redis.pid])
+    with reaped(redis.pid):
+        done = dynacut(
+            "compare", "--plan", plan, "--pid", redis.pid, "--ways", "checkpoint,live", "--repeat", 1, "--criu", criu,
+            "--images", tmp_path, "--json",
+        )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "checkpoint failed (undo) and is left out: " in done.stderr
+    report = json.loads(done.stdout)
+    check(report, "live")
+    (failed,) = report["failed"]
+    assert (failed["way"], failed["step"], failed["restored"]) == ("checkpoint", "undo", True)
+    assert "CRIU cannot dump process" in failed["reason"]
+    assert state_of([redis.pid]) == before
+    assert redis.command("SET", "key", "value") == "OK"
+    assert images_in(tmp_path) == []
+
+
+def test_an_instance_that_is_lost_is_replaced(dynacut: Dynacut, plan: Path, tmp_path: Path) -> None:
+    criu = failing_criu(tmp_path, "restore")
+    page = tmp_path / "page.html"
+    command = ("--", "redis-server", "--port", free_port(), "--bind", "127.0.0.1", "--save", "", "--dir", tmp_path)
+    what = ("--plan", plan, "--ways", "checkpoint,live", "--repeat", 1, "--criu", criu, "--images", tmp_path)
+    done = dynacut("compare", *what, "--json", "--html", page, *command)
+    assert done.returncode == 3, done.stderr
+    report = json.loads(done.stdout)
+    check(report, "live")
+    (failed,) = report["failed"]
+    assert (failed["way"], failed["step"], failed["restored"]) == ("checkpoint", "disable", False)
+    assert "checkpoint failed (disable)" in page.read_text()
+    assert images_in(tmp_path) == []
+
+
+def test_under_a_seccomp_filter_only_the_checkpoint_is_left(dynacut: Dynacut, plan: Path, tmp_path: Path) -> None:
+    the_criu()
+    with ConfinedRedis(compile_program("confined", tmp_path)) as redis, reaped(redis.pid):
+        report = dynacut.json(
+            "compare", "--plan", plan, "--pid", redis.pid, "--ways", "live,checkpoint", "--repeat", 1,
+            "--images", tmp_path,
+        )  # fmt: skip
+        check(report, "checkpoint")
+        (left,) = report["left_out"]
+        assert left["way"] == "live" and "seccomp" in left["reason"]
+        assert redis.command("SET", "key", "value") == "OK"
+
+
+def test_a_process_whose_parent_does_not_reap_is_not_dumped(redis: Redis, dynacut: Dynacut, plan: Path) -> None:
+    the_criu()
+    what = ("--plan", plan, "--pid", redis.pid, "--ways", "checkpoint,live", "--repeat", 1)
+    report = dynacut.json("compare", *what)
+    check(report, "live")
+    (left,) = report["left_out"]
+    assert "does not look as if it reaped its children" in left["reason"]
+
+
+def test_a_probe_that_the_plan_refuses_is_named(redis: Redis, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = state_of([redis.pid])
+    monkeypatch.setattr(comparison, "_PATIENCE_SECONDS", 0.5)
+    probe = CommandProbe(f"redis-cli -e -p {redis.port} set key value")
+    measuring = comparison.Comparison(Settings(plan, ("set",), None), [Way.LIVE], None, lambda _: None, renewed=False)
+    with pytest.raises(DynacutError, match="clients are no longer answered") as raised:
+        measuring.run(lambda: nullcontext((redis.pid, probe)), 1)
+    assert raised.value.advice == "give a probe that the plan does not refuse"
+    assert state_of([redis.pid]) == before
 
 
 def test_a_process_that_cannot_be_restored_leaves_its_image(
@@ -161,7 +246,7 @@ def test_a_process_that_cannot_be_restored_leaves_its_image(
     """A CRIU whose restore fails: what is left is the image, the message says where, and it can be restored."""
     criu = failing_criu(tmp_path, "restore")
     redis.command("SET", "key", "old")
-    with reaping([redis.pid]):
+    with reaped(redis.pid):
         done = dynacut(
             "compare", "--plan", plan, "--pid", redis.pid, "--ways", "checkpoint", "--criu", criu, "--images", tmp_path
         )
@@ -240,26 +325,39 @@ def test_processes_above_dynacut_are_refused(dynacut: Dynacut, plan: Path) -> No
     assert "descends from process" in done.stderr
 
 
-def test_an_interruption_puts_everything_back(redis: Redis, dynacut: Dynacut, plan: Path) -> None:
-    """Ctrl-C as soon as the feature is off."""
+@pytest.mark.parametrize(("number", "turns"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
+def test_an_interruption_puts_everything_back(
+    redis: Redis, dynacut: Dynacut, plan: Path, number: signal.Signals, turns: int
+) -> None:
+    """Ctrl-C as soon as the feature is off; what was measured until then is told."""
     before = state_of([redis.pid])
-    command = ["compare", "--plan", plan, "--pid", redis.pid, "--ways", "live", "--repeat", 1000]
+    command = ["compare", "--plan", plan, "--pid", redis.pid, "--ways", "live", "--repeat", 1000, "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dynacut.cli.main", *map(str, command)],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it may be ignored
     )
     try:
+        for _ in range(turns):
+            wait_until(lambda: state_of([redis.pid]).features == ["set"], "the feature to be off", 60.0)
+            wait_until(lambda: state_of([redis.pid]) == before, "the feature to be on", 60.0)
         wait_until(lambda: state_of([redis.pid]).features == ["set"], "the feature to be off", 60.0)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60.0)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60.0)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 4
     assert b"Traceback" not in errors
+    if turns:
+        report = json.loads(output)
+        check(report, "live", repeat=turns)
+        assert report["broken_off"] == "interrupted"
+    else:
+        assert output == b""
     assert state_of([redis.pid]) == before
     assert dynacut.json("live", "--pid", redis.pid)["features"] == []
 

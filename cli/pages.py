@@ -1,0 +1,34 @@
+"""Pages for a browser, each one file that loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+FILES = Path(__file__).parent
+"""Where the templates and styles lie that several pages use."""
+
+
+def environment(*folders: Path) -> Environment:
+    """Jinja2 for templates in these folders and in this one; a name that is not there is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader([*folders, FILES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def page(template: Path, styles: Sequence[Path], **values: Any) -> str:
+    """Renders a template, which gets the text of all styles as `style`."""
+    from markupsafe import Markup
+
+    style = Markup("".join(file.read_text("utf-8") for file in styles))
+    return environment(template.parent).get_template(template.name).render(style=style, **values)
