@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 # Prerequisites are made in the order they are written, also under make -j: tools first, then what needs them.
 .NOTPARALLEL:
-.PHONY: help setup criu demo test check lint fuzz bench clean ready-demo ready-check ready-test links
+.PHONY: help setup criu demo test check lint fuzz bench clean ready-demo ready-check ready-test ready-peers links
 
 PYTHON := .venv/bin/python
 PACKAGES := $(wildcard cli live offline shared handlers)
@@ -42,7 +42,7 @@ endif
 fuzz: ready-check handlers/trap.bin ## try 100,000 mutated images: a quarter of an hour
 	@$(PYTHON) tests/fuzz_images.py --count 100000
 
-bench: ready-test handlers/trap.bin ## measure dynacut beside its peers: as root
+bench: ready-test ready-peers handlers/trap.bin ## measure dynacut beside its peers: tables, JSON, a page: as root
 	@$(PYTHON) bench/run.py
 
 clean: ## remove everything that make has made, .venv too
@@ -69,6 +69,9 @@ ready-check:
 
 ready-test:
 	@tools/setup.sh test
+
+ready-peers: ready-test
+	@tools/peers.sh
 
 handlers/trap.bin: $(HANDLER_SOURCES)
 	@python=$(PYTHON); [ -x $$python ] || python=python3; $$python handlers/build.py

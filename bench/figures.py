@@ -99,6 +99,9 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
+    def as_json(self) -> dict[str, Any]:
+        return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -114,11 +117,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Result:
-    """What a benchmark gives."""
+    """What a benchmark gives. not_measured: what could not be, and why, a line each."""
 
     figures: Figures
     tables: Sequence[Table]
     claims: Sequence[Claim]
+    not_measured: Sequence[str] = ()
 
 
 def number(value: float | None) -> str:

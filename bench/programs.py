@@ -31,6 +31,14 @@ def compile_program(name: str, folder: Path) -> Path:
     return output
 
 
+def compile_library(name: str, folder: Path) -> Path:
+    """Compiles targets/NAME.c; returns the shared object."""
+    output = folder / f"{name}.so"
+    flags = (*_FLAGS, "-shared", "-fPIC")
+    subprocess.run(["gcc", *flags, "-o", output, _SOURCES / f"{name}.c"], check=True, stdin=subprocess.DEVNULL)
+    return output
+
+
 @contextmanager
 def started(*command: str | int | Path, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A program in a session of its own, killed at the end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.figures import DYNACUT
+from bench.peers import PEER_FOLDER, has_package, package_environment
 from bench.programs import BenchmarkError
 from tests.integration.servers import Redis
 from tests.integration.tracer import Tracer
@@ -22,8 +22,6 @@ from tests.integration.tracer import Tracer
 CALLGRIND = "callgrind"
 STALKER = "Frida's Stalker"
 STALKER_BLOCKS = "Frida's Stalker, each block"
-PEER_FOLDER = Path(__file__).resolve().parent.parent / "build/peers"
-"""Where packages lie that only the benchmarks use."""
 _PATIENCE = 60.0
 
 
@@ -58,7 +56,7 @@ def collectors() -> tuple[list[Collector], list[str]]:
         found.append(Collector(CALLGRIND, _CallgrindRedis, _ended, attaches=False, share=0.05))
     else:
         missing.append(f"{CALLGRIND}: valgrind is not installed (Debian: apt-get install valgrind)")
-    if (PEER_FOLDER / "frida").is_dir():
+    if has_package("frida"):
         found.append(Collector(STALKER, Redis, partial(_stalked, "compile"), attaches=True, share=0.05))
         found.append(Collector(STALKER_BLOCKS, Redis, partial(_stalked, "block"), attaches=True, share=0.02))
     else:
@@ -87,7 +85,7 @@ def _stalked(event: str, redis: Redis, folder: Path) -> Iterator[Collected]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(PEER_FOLDER)},
+        env=package_environment(),
     )
     try:
         assert process.stdout is not None
