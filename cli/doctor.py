@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.shared import diagnosis
     from dynacut.shared.diagnosis import Area, State, works
 
-    findings = [*live.diagnose(), *offline.diagnose(), *diagnosis.basis()]
+    found = [*live.diagnose(), *offline.diagnose(), *diagnosis.basis()]
+    findings = [each for area in Area for each in found if each.area is area]
     working = {str(area): works(findings, area) for area in Area if area is not Area.BASIS}
     if arguments.json:
         checks = [

@@ -28,40 +28,61 @@ def admit(pid: int, *, changing: bool) -> None:
     """
     if pid == os.getpid():
         raise DynacutError("dynacut does not patch itself", "give the pid of another process")
-    if pid == 1:
-        raise DynacutError(
-            "process 1 keeps the whole system (or container) alive and is not patched",
-            "give the pid of the server itself",
-        )
+    check_not_first(pid)
     try:
         status = task_status(pid)
     except (FileNotFoundError, ProcessLookupError, OverflowError):
         raise gone(pid) from None
-    if status.tgid != pid:
-        raise DynacutError(f"{pid} is a thread of process {status.tgid}", f"use --pid {status.tgid}")
     label = f"process {pid} ({status.name})"
-    if status.is_kernel_thread:
-        raise DynacutError(f"{label} is a kernel thread", "only programs can be patched")
-    if status.state in "ZX":
-        raise DynacutError(f"{label} is a zombie: it has ended", "its parent has yet to reap it")
+    check_kind(pid, label, status)
     _check_permission(pid, label, status)
     _check_class(pid, label)
     if not changing:
         return
-    if status.state == "T":
-        raise DynacutError(f"{label} is stopped by a signal", f"let it go on first: kill -CONT {pid}")
+    check_not_stopped(pid, label, status)
     for tid in thread_ids(pid):
         with suppress(OSError):  # a thread that ends meanwhile
             _check_thread(label, task_status(pid, tid))
 
 
+def check_not_first(pid: int) -> None:
+    """Refuses process 1."""
+    if pid == 1:
+        raise DynacutError(
+            "process 1 keeps the whole system (or container) alive and is not patched",
+            "give the pid of the server itself",
+        )
+
+
+def check_kind(pid: int, label: str, status: TaskStatus) -> None:
+    """Refuses what is no running program: a thread of one, a thread of the kernel, a zombie."""
+    if status.tgid != pid:
+        raise DynacutError(f"{pid} is a thread of process {status.tgid}", f"use --pid {status.tgid}")
+    if status.is_kernel_thread:
+        raise DynacutError(f"{label} is a kernel thread", "only programs can be patched")
+    if status.state in "ZX":
+        raise DynacutError(f"{label} is a zombie: it has ended", "its parent has yet to reap it")
+
+
+def check_not_stopped(pid: int, label: str, status: TaskStatus) -> None:
+    """Refuses a process that a signal has stopped."""
+    if status.state == "T":
+        raise DynacutError(f"{label} is stopped by a signal", f"let it go on first: kill -CONT {pid}")
+
+
+def check_not_traced(label: str, status: TaskStatus, tracer: str) -> None:
+    """Refuses a process that somebody else traces, who is called so."""
+    if status.tracer:
+        raise DynacutError(
+            f"{label} is traced already, by process {status.tracer}{tracer}",
+            "end that debugger or tracer first; CRIU cannot dump a traced process either",
+        )
+
+
 def _check_thread(label: str, status: TaskStatus) -> None:
     """Tracers and seccomp filters are a matter of each thread."""
     if status.tracer:
-        raise DynacutError(
-            f"{label} is traced already, by process {status.tracer} ({_name(status.tracer)})",
-            "end that debugger or tracer first; CRIU cannot dump a traced process either",
-        )
+        check_not_traced(label, status, f" ({_name(status.tracer)})")
     if status.seccomp:
         mode = "strict mode" if status.seccomp == 1 else "a filter"
         raise NeedsCheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dynacut.live.admission import YAMA_3_ADVICE, yama_scope
+from dynacut.live.gdb.program import ADVICE as GDB_ADVICE
+from dynacut.live.gdb.program import speaks_mi
 from dynacut.live.proc import read_mappings
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.shared.diagnosis import SUDO, Area, Finding, State, capability, own_status, program, python_package
@@ -164,6 +167,9 @@ def _gdb() -> list[Finding]:
     without = "`--engine gdb` does not work"
     gdb = program("gdb", Area.GDB, costs=without, package="gdb")
     remote = "programs cannot be started behind a gdbserver here, for `--remote`; one elsewhere can be used"
+    path = shutil.which("gdb")
+    if gdb.state is State.OK and path is not None and not speaks_mi(path):
+        gdb = replace(gdb, state=State.MISSING, found=f"{gdb.found}: too old", costs=without, mend=GDB_ADVICE)
     return [
         gdb if gdb.state is State.OK else replace(gdb, essential=True),
         python_package("pygdbmi", Area.GDB, without),

@@ -165,9 +165,9 @@ def write_edits(target: StoppedTarget, patches: PatchSet, frames: SignalFrames) 
     """
     found = find_amid(target, [*patches.edits, *vacated(target, patches)], frames)
     if found is not None:
-        raise ThreadAmidError(
-            f"thread {found[0].tid} of {target.label} is at {found[1]:#x}, or returns there, amid the bytes to change"
-        )
+        thread, inside = found
+        does = "is at" if inside == thread.rip else "may return to"
+        raise ThreadAmidError(f"thread {thread.tid} of {target.label} {does} {inside:#x}, amid the bytes to change")
     for edit in patches.edits:
         if target.read(edit.address, len(edit.old)) != edit.old:
             raise DynacutError(f"other bytes than expected at {edit.address:#x} of {target.label}")
@@ -336,6 +336,27 @@ def unblock_threads(target: StoppedTarget, region: Region, table: Table) -> Tabl
     return table
 
 
+def block_threads_again(target: StoppedTarget, table: Table) -> bool:
+    """Puts the masks of threads back as they were.
+
+    Returns whether a thread is left that has yet another mask: amid pthread_create or a signal handler of the program,
+    for the moment; or one that it has set meanwhile, which stays.
+    """
+    blocked = target.blocked_signals()
+    started = {thread.tid: thread.started for thread in target.threads}
+    before: dict[int, set[int]] = {}
+    for repair in table.repairs:
+        # Not of a later thread of the same id, as far as is known.
+        is_same = started.get(repair.id) == repair.start_time or 0 in (started.get(repair.id), repair.start_time)
+        if repair.kind is RepairKind.THREAD_MASK and repair.id in blocked and is_same:
+            before.setdefault(repair.id, set()).add(repair.mask)
+    masks = {tid: blocked[tid] | SIGTRAP_BIT for tid in before if not blocked[tid] & SIGTRAP_BIT}
+    masks = {tid: mask for tid, mask in masks.items() if mask in before[tid]}
+    if masks:
+        target.set_blocked_signals(masks)
+    return any(tid not in masks and blocked[tid] not in before[tid] for tid in before)
+
+
 def _recorded(target: StoppedTarget, region: Region, table: Table, repairs: Iterable[Repair]) -> Table:
     recorded = tuple(dict.fromkeys(repairs))
     if recorded != table.repairs:
@@ -348,24 +369,14 @@ def _remove(target: StoppedTarget, region: Region, table: Table) -> None:
     actions: dict[int, KernelAction] = {}
     if is_our_handler(target, target.action(SIGTRAP).handler):
         actions[SIGTRAP] = original_action(target, table)
-    masks: dict[int, int] = {}
-    blocked = target.blocked_signals()
-    started = {thread.tid: thread.started for thread in target.threads}
     for repair in table.repairs:
         if repair.kind is RepairKind.SIGNAL_MASK:
             action = target.action(repair.id)
             if action.handler > 1 and not action.mask & SIGTRAP_BIT:
                 actions[repair.id] = replace(action, mask=action.mask | SIGTRAP_BIT)
-        elif (
-            blocked.get(repair.id) == repair.mask & ~SIGTRAP_BIT
-            # Not of a later thread of the same id, as far as is known.
-            and (started.get(repair.id) == repair.start_time or 0 in (started.get(repair.id), repair.start_time))
-        ):
-            masks[repair.id] = repair.mask
     if actions:
         target.set_actions(actions)
-    if masks:
-        target.set_blocked_signals(masks)
+    block_threads_again(target, table)
     _write_table(target, region, table.user.out_of_force().writes())
     _write_table(target, region, table.repair_writes(()))
     _write_table(target, region, table.update((), ()))

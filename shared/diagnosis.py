@@ -29,11 +29,11 @@ class State(StrEnum):
 class Area(StrEnum):
     """What a piece is needed for."""
 
+    BASIS = "basis"
+    """All of dynacut."""
     LIVE = "live"
     GDB = "gdb"
     CHECKPOINT = "checkpoint"
-    BASIS = "basis"
-    """All of dynacut."""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Mapping as Dictionary
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from dynacut.live.gdb.session import GdbError, GdbSession
-from dynacut.live.proc import TaskStatus, parse_start_time, parse_status, task_status
-from dynacut.live.resumption import in_syscall, resumption, was_interrupted
+from dynacut.live.proc import TaskStatus, parse_start_time, parse_status, task_status, thread_ids
+from dynacut.live.resumption import ERESTARTNOHAND, in_syscall, resumption, was_interrupted
 from dynacut.live.stop_clock import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP, Mapping, Module, Target
@@ -26,7 +28,8 @@ _REGISTERS = ("rax", "rcx", "rdx", "rsi", "rdi", "rsp", "r8", "r9", "r10", "r11"
 _INT3 = 0xCC
 _SI_KERNEL = 0x80  # what an int3's SIGTRAP has for a code (asm/siginfo.h)
 _PAUSE = 0.002
-_RELEASE_TIMEOUT = 5.0
+_STOP_TIMEOUT = 0.5
+_SIGSTOP_BIT = 1 << (signal.SIGSTOP - 1)
 
 
 class Described(Target, Protocol):
@@ -69,6 +72,7 @@ class Held:
         self._clock = clock
         self._threads: dict[int, HeldThread] = {}
         self._since: int | None = None
+        self._was_held = False
 
     @property
     def label(self) -> str:
@@ -142,26 +146,58 @@ class Held:
         Raises:
             DynacutError: it may not, or not in time; the process is let go.
         """
+        self._await_stoppable()
         self._since = time.perf_counter_ns()
-        self.session.deadline = self.deadline
         try:
-            try:
-                self.session.forget_stops()
-                if self._is_here:
-                    # Without the program's file gdb takes a process for a 32-bit one until it has looked at it. Before
-                    # that, it puts a thread back that has just run into an int3, and would cut off its address.
-                    self.session.command("-gdb-set architecture i386:x86-64")
-                self.session.command(f"-target-attach {self.process.pid}")
-                self.session.await_stop()
-            except GdbError as error:
-                raise DynacutError(
-                    f"gdb cannot attach to {self.label}: {error}",
-                    "see whether the process is still there, and no other debugger holds it",
-                ) from None
+            while (error := self._attach()) is not None:
+                # Just let go by a gdbserver, a process may not be to be had again for a moment.
+                if not self._was_held or time.monotonic() > self.deadline or self.status().state in "ZX":
+                    raise DynacutError(
+                        f"gdb cannot attach to {self.label}: {error}",
+                        "see whether the process is still there, and no other debugger holds it",
+                    )
+                time.sleep(_PAUSE)
             self.look()
         except BaseException:
             self.abandon()
             raise
+
+    def _attach(self) -> GdbError | None:
+        """Attaches gdb; returns why that failed."""
+        try:
+            self.session.forget_stops()
+            if self._is_here:
+                # Without the program's file gdb takes a process for a 32-bit one until it has looked at it. Before
+                # that, it puts a thread back that has just run into an int3, and would cut off its address.
+                self.session.command("-gdb-set architecture i386:x86-64")
+            self.session.command(f"-target-attach {self.process.pid}")
+            self.session.await_stop()
+        except GdbError as error:
+            return error
+        return None
+
+    def _await_stoppable(self) -> None:
+        """Waits until no thread sleeps uninterruptibly, as far as can be told: gdb would wait for it, all others
+        stopped.
+
+        Raises:
+            DynacutError: one does until the deadline.
+        """
+        pid = self.process.pid
+        while True:
+            try:
+                tids = thread_ids(pid) if self._is_here else (pid,)
+                asleep = [tid for tid in tids if self.status(tid).state == "D"]
+            except (OSError, DynacutError):  # a thread ended; if the process did, attaching tells
+                return
+            if not asleep:
+                return
+            if time.monotonic() > self.deadline:
+                raise DynacutError(
+                    f"thread {asleep[0]} of {self.label} sleeps uninterruptibly, as a parent after vfork does",
+                    "nothing was changed; try again when it goes on, or with a longer --timeout",
+                )
+            time.sleep(_PAUSE)
 
     def adopt(self) -> None:
         """Takes over a process that gdb holds already: the one that a gdbserver had when gdb connected to it."""
@@ -221,25 +257,30 @@ class Held:
         status = self.status(thread.tid)
         return (status.thread_pending | status.shared_pending) & ~status.blocked
 
-    def send(self, thread: HeldThread, **registers: int) -> None:
-        """Sets registers of a thread, all at once.
+    def send(self, thread: HeldThread, rip: int) -> None:
+        """Makes a thread go on elsewhere.
 
-        orig_rax is marked as of no system call, or the kernel would start an interrupted one again wherever rip points.
+        gdb writes one register after the other, and may be killed in between. So first comes what makes the kernel
+        leave an interrupted system call alone, which it would start again wherever rip points: it fails with EINTR
+        then, and is none any more. Only then rip.
         """
-        given = {**registers, "orig_rax": -1}
-        assignments = ", ".join(f"${name} = {value}" for name, value in given.items())
+        interrupted = {"rax": -errno.EINTR} if resumption(thread.registers).restarts else {}
+        self._set(thread, {**interrupted, "orig_rax": -1, "rip": rip})
+        thread.moved = True
+
+    def _set(self, thread: HeldThread, registers: Dictionary[str, int]) -> None:
+        assignments = ", ".join(f"${name} = {value}" for name, value in registers.items())
         try:
             self.session.command(f'-data-evaluate-expression --thread {thread.number} "{assignments}"')
             self.reread(thread)
         except GdbError as error:
             raise DynacutError(f"the registers of {self.label} cannot be set: {error}") from None
-        if any(thread.registers[name] != value % (1 << 64) for name, value in given.items()):
+        if any(thread.registers[name] != value % (1 << 64) for name, value in registers.items()):
             raise DynacutError(
                 f"the registers of thread {thread.tid} of {self.label} are not what they were set to",
                 "this gdb does not work here; use --engine ptrace",
                 status=ExitStatus.UNKNOWN,
             )
-        thread.moved = True
 
     def pause(self, otherwise: DynacutError) -> None:
         """Lets the process run for a moment and holds it again.
@@ -255,7 +296,7 @@ class Held:
 
     def extend_deadline(self, seconds: float) -> None:
         """Gives it some more time, from now, to put things right."""
-        self.deadline = self.session.deadline = max(self.deadline, time.monotonic() + seconds)
+        self.deadline = max(self.deadline, time.monotonic() + seconds)
 
     def release(self) -> None:
         """Lets the process go on as if it had not been stopped.
@@ -265,7 +306,6 @@ class Held:
         """
         if self._since is None:
             return
-        self.session.deadline = time.monotonic() + _RELEASE_TIMEOUT
         try:
             for thread in self._threads.values():
                 self._conceal(thread)
@@ -279,6 +319,7 @@ class Held:
             ) from None
         self._clock.add(time.perf_counter_ns() - self._since)
         self._since = None
+        self._was_held = True
 
     def abandon(self) -> None:
         """Ends a gdb that does not do what it should. What it leaves stopped goes on, where it is on this machine."""
@@ -295,11 +336,16 @@ class Held:
         )
 
     def _let_go_on(self) -> None:
-        """A debugger that dies may leave the process to the SIGSTOP that it was attached with. It was not stopped
-        before, or it would have been refused."""
-        with suppress(OSError):
-            if self._is_here and task_status(self.process.pid).state == "T":
-                os.kill(self.process.pid, signal.SIGCONT)
+        """A debugger that dies leaves the process to the SIGSTOP that it was attached with, which comes into force when
+        the threads run again. It was not stopped before, or it would have been refused."""
+        until = time.monotonic() + _STOP_TIMEOUT
+        while self._is_here and time.monotonic() < until:
+            with suppress(OSError):
+                for tid in thread_ids(self.process.pid):
+                    status = task_status(self.process.pid, tid)
+                    if status.state == "T" or status.thread_pending & _SIGSTOP_BIT:
+                        os.kill(self.process.pid, signal.SIGCONT)
+            time.sleep(_PAUSE)
 
     def _put_back_before_int3(self, thread: HeldThread) -> None:
         rip = thread.registers["rip"]
@@ -307,12 +353,10 @@ class Held:
             return
         with suppress(GdbError):  # a jump to nowhere, about to end the process
             if self.session.read(rip - 1, 1)[0] == _INT3 and self.signal_of(thread) == (SIGTRAP, _SI_KERNEL):
-                self.send(thread, rip=rip - 1)
+                self.send(thread, rip - 1)
 
     def _conceal(self, thread: HeldThread) -> None:
-        """Starts a system call again that the stop has made fail, unless a signal is why it fails."""
-        if thread.moved or not was_interrupted(thread.registers):
-            return
-        again = resumption(thread.registers)
-        if again.restarts and not self.pending_signals(thread):
-            self.send(thread, rax=again.rax, rip=again.rip)
+        """Has a system call started again that the stop has made fail: by the kernel, unless a signal is why it fails
+        (ERESTARTNOHAND, arch_do_signal_or_restart in arch/x86/kernel/signal.c)."""
+        if not thread.moved and was_interrupted(thread.registers) and resumption(thread.registers).restarts:
+            self._set(thread, {"rax": -ERESTARTNOHAND})

@@ -13,6 +13,7 @@ from dynacut.live.stop_clock import StopClock
 from dynacut.shared.apply import (
     SIGTRAP_BIT,
     ThreadAmidError,
+    block_threads_again,
     check_written,
     conclude,
     make_ready,
@@ -26,6 +27,7 @@ from dynacut.shared.patch_set import HandlerChange, PatchSet
 from dynacut.shared.region import find_region
 
 _RETREAT_TIMEOUT = 5.0
+_LOOKS = 10
 
 
 @dataclass
@@ -60,7 +62,7 @@ class GdbPatcher:
         """
         if patches.handler is HandlerChange.KEEP and not patches.changes:
             return
-        with GdbSession(self._deadline) as session:
+        with GdbSession(self.timeout) as session:
             target = GdbTarget(session, self.process, None, self.clock, self._deadline)
             target.hold()
             try:
@@ -86,20 +88,30 @@ def apply_held(target: GdbTarget, patches: PatchSet) -> None:
     except DynacutError as error:
         _retreat(target, patches, error)
         raise
-    if patches.handler is HandlerChange.REMOVE:
-        _await_empty_handler(target)
-    conclude(target, patches)
+    try:
+        if patches.handler is HandlerChange.REMOVE:
+            _await_empty_handler(target)
+            _block_threads_again(target)
+        conclude(target, patches)
+    except DynacutError as error:
+        if error.status is ExitStatus.REFUSED:  # the code has changed
+            error.status = ExitStatus.UNKNOWN
+        raise
 
 
 def _unblock_those_made_meanwhile(target: GdbTarget) -> None:
     """A thread amid pthread_create puts back the mask it had, and the new one inherits it: look until none is."""
     while target.passing:
-        target.pause(DynacutError(f"threads of {target.label} keep blocking SIGTRAP", "try again later"))
+        target.pause(_keep_blocking(target))
         target.passing = False
         found = find_region(target)
         assert found is not None
         assert found.table is not None
         unblock_threads(target, found.region, found.table)
+
+
+def _keep_blocking(target: GdbTarget) -> DynacutError:
+    return DynacutError(f"threads of {target.label} keep changing their signal masks", "try again later")
 
 
 def _write(target: GdbTarget, patches: PatchSet, frames: SignalFrames) -> None:
@@ -129,6 +141,15 @@ def _await_empty_handler(target: GdbTarget) -> None:
                 status=ExitStatus.CHECK_FAILED,
             )
         )
+
+
+def _block_threads_again(target: GdbTarget) -> None:
+    """A thread that is amid pthread_create has another mask for the moment: look again, for a while."""
+    found = find_region(target)
+    for _ in range(_LOOKS):
+        if found is None or found.table is None or not block_threads_again(target, found.table):
+            return
+        target.pause(_keep_blocking(target))
 
 
 def _has_trap(target: GdbTarget, tid: int) -> bool:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynacut.live.admission import check_kind, check_not_first, check_not_stopped, check_not_traced
 from dynacut.live.change import Outcome, Resolve
 from dynacut.live.gdb.patcher import apply_held
 from dynacut.live.gdb.session import GdbError, GdbSession
@@ -85,11 +86,12 @@ def change(server: Server, resolve: Resolve, *, dry_run: bool, timeout: float) -
 @contextmanager
 def _held(server: Server, timeout: float, clock: StopClock) -> Iterator[GdbTarget]:
     deadline = time.monotonic() + timeout
-    with GdbSession(deadline) as session, tempfile.TemporaryDirectory(prefix="dynacut-files-") as folder:
+    with GdbSession(timeout) as session, tempfile.TemporaryDirectory(prefix="dynacut-files-") as folder:
         pid = _connect(session, server)
         process = RemoteProcess(session, server, pid or server.pid or 0, Path(folder))
         target = GdbTarget(session, process, process.read_file, clock, deadline)
         if pid is None:
+            process.admit()
             target.hold()
         else:
             target.adopt()
@@ -144,6 +146,25 @@ class RemoteProcess:
         self._mappings: tuple[Mapping, ...] = ()
         self._modules: tuple[Module, ...] = ()
         self._files: dict[str, Path] = {}
+
+    def admit(self) -> None:
+        """Returns if gdbserver may attach to the process.
+
+        Raises:
+            DynacutError: there is none of that pid, or it is none to attach to.
+        """
+        check_not_first(self.pid)
+        try:
+            status = parse_status(self.read_file(f"/proc/{self.pid}/status"))
+        except OSError:
+            raise DynacutError(
+                f"there is no process {self.pid} where the gdbserver at {self._server.address} runs",
+                "`ps -e` there lists the processes; gdbserver must see their /proc",
+            ) from None
+        self._name = status.name
+        check_kind(self.pid, self.label, status)
+        check_not_stopped(self.pid, self.label, status)
+        check_not_traced(self.label, status, " there")
 
     def refresh(self) -> None:
         """Reads mappings and modules again.

@@ -1,6 +1,6 @@
 """A gdb, spoken to in its machine interface (GDB/MI) through pygdbmi: one command, one checked answer.
 
-gdb loads no symbols here, and so sets no breakpoints of its own: it only attaches, reads, writes and steps.
+A gdb that attaches loads no symbols, and so sets no breakpoints of its own: it only stops, reads and writes.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pygdbmi.IoManager import IoManager
+from dynacut.live.gdb.program import ADVICE, INTERPRETER, unusable
+from dynacut.shared.errors import DynacutError, printable, shortened
 
-from dynacut.shared.errors import DynacutError, shortened
+try:
+    from pygdbmi.IoManager import IoManager
+except ModuleNotFoundError:
+    raise DynacutError("pygdbmi is not installed", "pip install pygdbmi, or use --engine ptrace") from None
 
 _END_TIMEOUT = 2.0
+_LEAST_TIMEOUT = 5.0
 _BULK = 2048
 """Bytes from which on memory goes through a file: an answer of MI is text, and slow to take apart."""
 _SETTINGS = (
     "confirm off",
     "pagination off",
     "width 0",
-    "debuginfod enabled off",
     "auto-load off",
     "auto-solib-add off",
     "exec-file-mismatch off",
@@ -66,43 +70,54 @@ class _Records:
 class GdbSession:
     """A running gdb. Use as a context manager: leaving it lets gdb detach and end."""
 
-    def __init__(self, deadline: float) -> None:
-        """Starts gdb. deadline: a time.monotonic() by which each answer must have come.
+    def __init__(self, timeout: float, debuginfod: str = "") -> None:
+        """Starts gdb. timeout: seconds in which each answer must come, but never less than gdb needs on a busy machine.
+
+        debuginfod: the servers that gdb may fetch debug information from; none by default.
 
         Raises:
             DynacutError: there is no gdb, or it does not start.
         """
-        self.deadline = deadline
+        self._timeout = max(timeout, _LEAST_TIMEOUT)
+        self._failure: DynacutError | None = None
         program = shutil.which("gdb")
         if program is None:
-            raise DynacutError(
-                "gdb is not installed", "install it (Debian: apt-get install gdb), or use --engine ptrace"
-            )
+            raise DynacutError("gdb is not installed", f"{ADVICE}, or use --engine ptrace")
+        self._folder = tempfile.TemporaryDirectory(prefix="dynacut-gdb-")
+        complaints = Path(self._folder.name, "complaints")
         # A session of its own: Ctrl-C at the terminal is dynacut's, which lets gdb detach.
-        self._process = subprocess.Popen(
-            [program, "-nx", "-nh", "-q", "--interpreter=mi3"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-            env={**os.environ, "LC_ALL": "C", "DEBUGINFOD_URLS": "", "TERM": "dumb"},
-        )
+        try:
+            with complaints.open("wb") as errors:
+                self._process = subprocess.Popen(
+                    [program, "-nx", "-nh", "-q", f"--interpreter={INTERPRETER}"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    bufsize=0,
+                    start_new_session=True,
+                    env={**os.environ, "LC_ALL": "C", "DEBUGINFOD_URLS": debuginfod, "TERM": "dumb"},
+                )
+        except OSError as error:
+            self._folder.cleanup()
+            raise unusable(program, error.strerror or str(error)) from None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._output = self._process.stdout
         self._io = IoManager(self._process.stdin, self._process.stdout, None, 0)
         self._token = 0
         self._records = _Records()
-        self._folder = tempfile.TemporaryDirectory(prefix="dynacut-gdb-")
         try:
-            self._set_up()
-        except BaseException:
+            self._set_up(debuginfod)
+        except BaseException as error:
+            reason = complaints.read_text(errors="replace").strip().partition("\n")[0]
+            had_ended = not self.is_alive
             self.close()
+            if had_ended and isinstance(error, DynacutError):
+                raise unusable(program, reason or error.problem) from None
             raise
 
-    def _set_up(self) -> None:
-        for setting in _SETTINGS:
+    def _set_up(self, debuginfod: str) -> None:
+        for setting in (*_SETTINGS, f"debuginfod enabled {'on' if debuginfod else 'off'}"):
             with suppress(GdbError):  # a setting that this gdb does not know yet, or no longer
                 self.command(f"-gdb-set {setting}")
         # With no file found below it, gdb has neither the program nor the dynamic linker to set breakpoints in.
@@ -146,16 +161,21 @@ class GdbSession:
 
         Raises:
             GdbError: gdb's answer is an error.
-            DynacutError: no answer by the deadline, or gdb has ended.
+            DynacutError: no answer in time, or gdb has ended; from then on, always.
         """
+        if self._failure is not None:
+            raise self._failure
+        if not text.isprintable():  # a line break would begin another command
+            raise GdbError(f"{printable(shortened(text))} is no command")
         self._token += 1
         token = self._token
+        deadline = time.monotonic() + self._timeout
         try:
-            self._io.write(f"{token}{text}", timeout_sec=self._left(), read_response=False)
+            self._io.write(f"{token}{text}", timeout_sec=self._timeout, read_response=False)
         except OSError:
             raise self._ended() from None
         while token not in self._records.results:
-            self._receive(text)
+            self._receive(text, deadline)
         record = self._records.results.pop(token)
         payload = record.get("payload") or {}
         if record["message"] == "error":
@@ -181,10 +201,11 @@ class GdbSession:
         """Waits until the inferior has stopped, or has ended; its reason tells which.
 
         Raises:
-            DynacutError: it does not by the deadline, or gdb has ended.
+            DynacutError: it does not in time, or gdb has ended.
         """
+        deadline = time.monotonic() + self._timeout
         while not self._records.stops:
-            self._receive("a stop")
+            self._receive("a stop", deadline)
         return self._records.stops.pop(0)
 
     def read(self, address: int, size: int) -> bytes:
@@ -242,17 +263,15 @@ class GdbSession:
         except (KeyError, ValueError):
             raise GdbError(f"the registers of thread {thread} cannot be read") from None
 
-    def _left(self) -> float:
-        return max(0.0, self.deadline - time.monotonic())
-
-    def _receive(self, awaited: str) -> None:
-        """Takes what gdb has said, and waits for it if need be."""
-        ready, _, _ = select.select([self._output], [], [], self._left())
+    def _receive(self, awaited: str, deadline: float) -> None:
+        """Takes what gdb has said, and waits for it if need be, until a time.monotonic()."""
+        ready, _, _ = select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise DynacutError(
+            self._failure = DynacutError(
                 f"gdb does not answer in time ({shortened(awaited)})",
-                "try again with a longer --timeout; a thread may sleep uninterruptibly, as a parent after vfork does",
+                "try again with a longer --timeout, or use --engine ptrace",
             )
+            raise self._failure
         records = self._io.get_gdb_response(0, raise_error_on_timeout=False)
         if not records and not self.is_alive:
             raise self._ended()

@@ -58,7 +58,7 @@ def shoot(held: Held, shots: Sequence[Shot]) -> None:
 def _send(held: Held, thread: HeldThread, shot: Shot) -> None:
     going_on = resumption(thread.registers)
     held.write(shot.slot, shot.stub.body() + restoring_tail(thread.registers, going_on.rax, going_on.rip))
-    held.send(thread, rip=shot.slot)
+    held.send(thread, shot.slot)
 
 
 def _has_ended(held: Held, shot: Shot) -> bool:

@@ -17,6 +17,7 @@ from .load import Load
 from .programs import Program, compile_program
 from .servers import Lighttpd, Nginx, Redis, Server, ServerMissing
 
+Rounds = Callable[[int], range]
 AnyServer = TypeVar("AnyServer", bound=Server)
 
 
@@ -69,18 +70,24 @@ def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
 
 
 class Dynacut:
-    """The command as users run it: in a process of its own."""
+    """The command as users run it: in a process of its own. options: what each `live` command gets in addition."""
+
+    options: tuple[str, ...] = ()
 
     def __call__(self, *arguments: str | int | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Runs it; the caller looks at returncode, stdout and stderr."""
         return subprocess.run(
-            [sys.executable, "-m", "dynacut.cli.main", *map(str, arguments)],
+            [sys.executable, "-m", "dynacut.cli.main", *map(str, self.words(*arguments))],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout,
             check=False,
         )
+
+    def words(self, *arguments: str | int | Path) -> list[str | int | Path]:
+        """The command line for these arguments, with the options."""
+        return [*arguments[:1], *(self.options if arguments[0] == "live" else ()), *arguments[1:]]
 
     def json(self, *arguments: str | int | Path, status: int = 0, timeout: float = 120) -> dict[str, Any]:
         """Runs it with --json, checks the exit status and the schema, returns what it printed."""
@@ -90,6 +97,12 @@ class Dynacut:
         assert isinstance(report, dict)
         assert report["schema"] == 1
         return report
+
+
+@pytest.fixture
+def rounds() -> Rounds:
+    """rounds(20): how often a test does the same; less often where it takes long, see test_gdb_engine.py."""
+    return range
 
 
 @pytest.fixture

@@ -61,16 +61,12 @@ class GdbDynacut(Dynacut):
 
     def __init__(self, server: GdbServer | None = None) -> None:
         self._server = server
+        self.options = ("--engine", "gdb") if server is None else ("--remote", server.address)
 
-    def __call__(self, *arguments: str | int | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Runs it."""
+    def words(self, *arguments: str | int | Path) -> list[str | int | Path]:
+        """The command line; a gdbserver is asked for a pid instead of a name."""
         words = list(arguments)
-        if words[0] == "live":
-            if self._server is None:
-                words[1:1] = ["--engine", "gdb"]
-            else:
-                if "--name" in words:  # a gdbserver is asked for a pid
-                    index = words.index("--name")
-                    words[index : index + 2] = ["--pid", by_name(str(words[index + 1]))]
-                words[1:1] = ["--remote", self._server.address]
-        return super().__call__(*words, timeout=timeout)
+        if self._server is not None and "--name" in words:
+            index = words.index("--name")
+            words[index : index + 2] = ["--pid", by_name(str(words[index + 1]))]
+        return super().words(*words)

@@ -29,6 +29,8 @@ from .servers import wait_until
 Start = Callable[..., Program]
 _KILLS = 100
 """Of each direction."""
+live_options: tuple[str, ...] = ()
+"""What each `live` command gets in addition; set by tests of another engine."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Run:
 
 def start(*arguments: str | int | Path, uid: int = 0) -> Run:
     """Starts a command, as root or as another user."""
+    if arguments[0] == "live":
+        arguments = ("live", *live_options, *arguments[1:])
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid:
@@ -116,7 +120,7 @@ def bytes_at(program: Program, address: int, size: int) -> bytes:
         return memory.read(size)
 
 
-def _check_truth(program: Program, address: int, old: bytes) -> str:
+def check_truth(program: Program, address: int, old: bytes) -> str:
     """What dynacut says of the feature, compared with the bytes themselves; its state."""
     report = run_json("live", "--pid", program.pid, "-v")
     assert report["foreign"] == []
@@ -133,7 +137,7 @@ def _check_truth(program: Program, address: int, old: bytes) -> str:
     return str(entry["state"])
 
 
-def _check_works(program: Program) -> None:
+def check_works(program: Program) -> None:
     """Whether all threads go on and have never got a wrong result, and none is left stopped or traced."""
     before = program.counters()
     wait_until(lambda: program.counters()["calls"] > before["calls"] + 1000, "the threads call on")
@@ -173,14 +177,14 @@ def _killed_many_times(program: Program, arguments: tuple[str | int, ...], reset
         completed += status == 0
         duration *= 0.95 if status == 0 else 1.02  # how long it takes changes with the machine's load
         assert program.is_running(), f"kill {kill} ended the target: {program.wait()}"
-        states.add(_check_truth(program, address, old))
+        states.add(check_truth(program, address, old))
         if kill % 4 == 0:
-            _check_works(program)
+            check_works(program)
         if kill % 2 == 0:  # what was begun can be finished ...
             assert start(*arguments).result()[0] == 0
         assert start(*reset).result()[0] == 0  # ... or taken back
         assert program.is_running(), f"the target ended after kill {kill}: {program.wait()}"
-    _check_works(program)
+    check_works(program)
     assert completed < _KILLS / 2, "most kills came too late to tell anything"
     return states
 
@@ -216,7 +220,7 @@ pid, count, off, on = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(), sys.ar
 for cycle in range(count):
     for what in (off, on):
         with redirect_stdout(io.StringIO()):
-            status = main(["live", "--pid", pid, *what])
+            status = main(["live", *sys.argv[5:], "--pid", pid, *what])
         if status:
             sys.exit(f"cycle {cycle}, {' '.join(what)}: status {status}")
 """
@@ -224,7 +228,7 @@ for cycle in range(count):
 
 def cycle(program: Program, count: int, off: str, on: str) -> None:
     """Runs two commands in turn, in one process, as fast as it goes."""
-    command = [sys.executable, "-c", _CYCLES, str(program.pid), str(count), off, on]
+    command = [sys.executable, "-c", _CYCLES, str(program.pid), str(count), off, on, *live_options]
     done = subprocess.run(command, check=False, timeout=120, capture_output=True, text=True)
     assert program.is_running(), f"the target ended with {program.wait()}: {done.stderr}"
     assert (done.returncode, done.stderr) == (0, "")
@@ -238,7 +242,7 @@ def test_a_thousand_cycles_under_load_break_nothing(program: Start) -> None:
     assert counters["wrong"] == 0
     (entry,) = run_json("live", "--pid", target.pid)["features"]
     assert (entry["state"], entry["hits"]) == ("enabled", counters["denied"])
-    _check_works(target)
+    check_works(target)
     assert run_json("live", "--pid", target.pid, "--undo")["features"] == []
 
 
