@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus, shortened
 if TYPE_CHECKING:
     from dynacut.live.change import Outcome
     from dynacut.live.engine import Engine
+    from dynacut.shared.sites import Ask
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,18 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
     from dynacut.live.engine import Engine
 
     return Engine(arguments.engine or Engine.PTRACE)
+
+
+@contextmanager
+def further_names(arguments: argparse.Namespace) -> Iterator[Ask | None]:
+    """With gdb, what it knows of names: asked for sites that are not found otherwise."""
+    if arguments.remote is None and arguments.engine != "gdb":
+        yield None
+        return
+    from dynacut.live.gdb.symbols import GdbSymbols
+
+    with GdbSymbols(arguments.timeout) as ask:
+        yield ask
 
 
 def behind_gdbserver(arguments: argparse.Namespace, request: Request) -> Outcome:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import print_json, warn
-from dynacut.cli.engine import add_engine_options, behind_gdbserver, check_engine, engine_of
+from dynacut.cli.engine import add_engine_options, behind_gdbserver, check_engine, engine_of, further_names
 from dynacut.cli.fallback import Fallback, add_fallback_options, by_checkpoint, check_usage
 from dynacut.cli.shown import inspected_document, print_features, print_modules, processes_document
 from dynacut.cli.what import Request, add_options
@@ -45,9 +45,6 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
     """Shows or changes."""
-    from dynacut.live.change import change, look
-    from dynacut.live.refusal import NeedsCheckpointError
-
     started = time.perf_counter()
     request = Request(arguments)
     if arguments.output is not None and not request.lists:
@@ -56,7 +53,6 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         )
     check_usage(arguments, changes=request.changes)
     check_engine(arguments)
-    fallback: Fallback | None = None
     pid = arguments.pid
     if pid is None and arguments.remote is None:
         from dynacut.live.tree import by_name
@@ -64,24 +60,8 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         pid = by_name(arguments.process_name)
     if request.lists:
         return _list(pid, arguments)
-    if arguments.remote is not None:
-        outcome = behind_gdbserver(arguments, request)
-    elif request.changes:
-        try:
-            outcome = change(
-                pid,
-                request.resolve,
-                tree=arguments.tree,
-                dry_run=arguments.dry_run,
-                timeout=arguments.timeout,
-                engine=engine_of(arguments),
-            )
-        except NeedsCheckpointError as refused:
-            if arguments.fallback is None or refused.status is not ExitStatus.REFUSED:
-                raise
-            outcome, fallback = by_checkpoint(pid, request.resolve, refused, arguments)
-    else:
-        outcome = look(pid, tree=arguments.tree)
+    with further_names(arguments) as request.ask:
+        outcome, fallback = _outcome(pid, arguments, request)
     wall_ms = (time.perf_counter() - started) * 1000
     for line in dict.fromkeys(warning for process in outcome.processes for warning in process.warnings):
         warn(line)
@@ -97,6 +77,31 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
             print_modules(outcome.processes)
         print_features(outcome.processes, with_sites=arguments.verbose > 0)
     return ExitStatus.DONE if fallback is None else fallback.status
+
+
+def _outcome(pid: int | None, arguments: argparse.Namespace, request: Request) -> tuple[Outcome, Fallback | None]:
+    """Looks, or changes, by the way that was chosen; tells also if another way had to be taken."""
+    from dynacut.live.change import change, look
+    from dynacut.live.refusal import NeedsCheckpointError
+
+    if pid is None or arguments.remote is not None:
+        return behind_gdbserver(arguments, request), None
+    if not request.changes:
+        return look(pid, tree=arguments.tree), None
+    try:
+        outcome = change(
+            pid,
+            request.resolve,
+            tree=arguments.tree,
+            dry_run=arguments.dry_run,
+            timeout=arguments.timeout,
+            engine=engine_of(arguments),
+        )
+    except NeedsCheckpointError as refused:
+        if arguments.fallback is None or refused.status is not ExitStatus.REFUSED:
+            raise
+        return by_checkpoint(pid, request.resolve, refused, arguments)
+    return outcome, None
 
 
 def _list(pid: int, arguments: argparse.Namespace) -> ExitStatus:

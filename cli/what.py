@@ -16,6 +16,7 @@ from dynacut.shared.on_hit import OnHit
 from dynacut.shared.patch_set import PatchSet
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedSite, Scope, load, name_problem
 from dynacut.shared.sites import SYNTAX as SITE_SYNTAX
+from dynacut.shared.sites import Ask
 from dynacut.shared.target import Target
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Request:
-    """The change that the options ask for; None if they only ask to show."""
+    """The change that the options ask for; None if they only ask to show.
+
+    ask: knows further names for sites, where the way to the target brings it along.
+    """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Reads the options, and the plan.
@@ -82,6 +86,7 @@ class Request:
         Raises:
             DynacutError: they contradict each other, or the plan cannot be read.
         """
+        self.ask: Ask | None = None
         self._arguments = arguments
         asked = [
             name
@@ -136,7 +141,7 @@ class Request:
         if self._plan is None:
             assert library is not None
             return resolve.install(library, table)
-        return resolve.disable(self._plan, target, table, library)
+        return resolve.disable(self._plan, target, table, library, self.ask)
 
     @property
     def _describes_anew(self) -> bool:

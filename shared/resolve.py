@@ -14,16 +14,20 @@ from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet, outside
 from dynacut.shared.plan import Plan
 from dynacut.shared.region import user_of
 from dynacut.shared.resolver import Resolver
+from dynacut.shared.sites import Ask
 from dynacut.shared.target import Target
 
 _MAX_DETAILS = 40
 
 
-def disable(plan: Plan, target: Target, table: Table | None, library: Library | None = None) -> PatchSet:
+def disable(
+    plan: Plan, target: Target, table: Table | None, library: Library | None = None, ask: Ask | None = None
+) -> PatchSet:
     """The patch set that switches the plan's features off.
 
     table: what the target's table says, if it has one. Sites that are patched already are left alone. library: the
     user's, loaded for this target, that the action ``handler`` passes hits to; where one is in force, it may do.
+    ask: knows further names for sites.
 
     Raises:
         DynacutError: the plan does not fit; every misfit is named, and nothing may be applied.
@@ -31,7 +35,8 @@ def disable(plan: Plan, target: Target, table: Table | None, library: Library | 
     target = Patched(target, table)
     known_features = table.features if table else ()
     known_sites = table.sites if table else ()
-    resolver = Resolver(plan, target, known_sites, has_library=library is not None or user_of(table).is_in_force)
+    has_library = library is not None or user_of(table).is_in_force
+    resolver = Resolver(plan, target, known_sites, has_library=has_library, ask=ask)
     wanted = resolver.sites()
     wanted += resolver.idle_pages(wanted)
     wanted += resolver.removed_pages()

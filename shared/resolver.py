@@ -14,7 +14,7 @@ from dynacut.shared.functions import FunctionRange
 from dynacut.shared.holes import idle_pages
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedRemoval, PlannedSite, Scope
-from dynacut.shared.sites import ABSOLUTE, Locator, Place
+from dynacut.shared.sites import ABSOLUTE, Ask, Locator, Place
 from dynacut.shared.target import PAGE_SIZE, Target
 
 INT3 = b"\xcc"
@@ -27,14 +27,23 @@ class MisfitError(Exception):
 class Resolver:
     """Finds and checks the sites of one plan, and gathers the misfits."""
 
-    def __init__(self, plan: Plan, target: Target, known_sites: Sequence[TableSite], *, has_library: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        target: Target,
+        known_sites: Sequence[TableSite],
+        *,
+        has_library: bool,
+        ask: Ask | None = None,
+    ) -> None:
+        """ask: knows further names of functions and lines."""
         self.misfits: list[str] = []
         self.advice = "nothing was changed; make the plan anew for this program, or correct it"
         self._plan = plan
         self._target = target
         self._has_library = has_library
         self._codes = CodeOf(target)
-        self._locator = Locator(self._codes, plan.modules)
+        self._locator = Locator(self._codes, plan.modules, ask)
         self._known = sorted(known_sites, key=lambda site: site.address)
         self._known_starts = [site.address for site in self._known]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from dynacut.shared.code import Code, CodeOf
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.plan import PlannedModule
+from dynacut.shared.target import Module
 
 SYNTAX = "module+0xOFFSET, symbol, symbol+0xOFF, module!symbol, file.c:LINE or 0xADDRESS"
 
@@ -17,6 +19,10 @@ ABSOLUTE = re.compile(r"0x[0-9a-fA-F]+")
 _LINE = re.compile(r"(?P<file>[^!]+):(?P<line>[0-9]{1,9})")
 _PLACE = re.compile(r"(?:(?P<module>[^!]+)!)?(?P<name>[^!]+?)(?:\+(?P<offset>0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}))?")
 _MAX_LENGTH = 4096
+
+
+Ask = Callable[[str, Sequence[Module]], Sequence[int]]
+"""Who knows more names: from that of a function, or FILE:LINE, and the modules to look in, to absolute addresses."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,17 @@ class Place:
 
 
 class Locator:
-    """Finds SITEs in a target. modules: the plan's; a module named there is recognised by its build-id."""
+    """Finds SITEs in a target. modules: the plan's; a module named there is recognised by its build-id.
 
-    def __init__(self, codes: CodeOf, modules: Dictionary[str, PlannedModule] | None = None) -> None:
+    ask: asked for what the files known here do not name.
+    """
+
+    def __init__(
+        self, codes: CodeOf, modules: Dictionary[str, PlannedModule] | None = None, ask: Ask | None = None
+    ) -> None:
         self._codes = codes
         self._modules = modules or {}
+        self._ask = ask
         self._by_name: dict[str, Code] = {}
 
     def locate(self, site: str) -> Place:
@@ -124,6 +136,7 @@ class Locator:
                     raise
                 continue
             found += [Place(code, symbol.offset + offset) for symbol in symbols if _is_code(code, symbol.offset)]
+        found = found or self._asked(name, offset, within)
         if len(found) == 1:
             return found[0]
         if found:
@@ -153,6 +166,7 @@ class Locator:
             found += [Place(code, offset) for offset in line_offsets(elf, file, line)]
             if not found:
                 near += nearest_lines(elf, file, line)
+        found = found or self._asked(f"{file}:{line}", 0, None)
         if len(found) == 1:
             return found[0]
         if found:
@@ -164,6 +178,18 @@ class Locator:
             )
         advice = f"lines with code: {', '.join(map(str, near))}" if near else "check the file's name"
         raise DynacutError(f"{site}: there is no code on that line", advice)
+
+    def _asked(self, name: str, offset: int, within: Code | None) -> list[Place]:
+        """The places that somebody else knows for a name; offset: from each of them."""
+        if self._ask is None:
+            return []
+        modules = [within.module] if within else list(self._codes.target.modules)
+        found = []
+        for address in self._ask(name, modules):
+            code = self._codes.containing(address)
+            if code is not None and _is_code(code, address - code.module.base):
+                found.append(Place(code, address - code.module.base + offset))
+        return found
 
 
 def _is_code(code: Code, offset: int) -> bool:
