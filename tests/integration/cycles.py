@@ -1,4 +1,4 @@
-"""Switches SET of a redis-server off and on again, many times in one process: python cycles.py PID COUNT."""
+"""Switches SET of a redis-server off and on again, many times in one process: python cycles.py PID COUNT [OPTION …]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def run(*arguments: str) -> list[object]:
     """Runs one dynacut command and returns the features it reports."""
     output = io.StringIO()
     with redirect_stdout(output):
-        status = main(["live", *arguments, "--json"])
+        status = main(["live", *sys.argv[3:], *arguments, "--json"])
     if status != 0:
         sys.exit(f"dynacut live {' '.join(arguments)}: status {status}")
     features = json.loads(output.getvalue())["features"]

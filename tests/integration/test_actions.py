@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Dynacut
+from .conftest import Dynacut, Rounds
 from .programs import DENIED, Program, compile_program, feature
 from .servers import wait_until
 from .test_kill import bytes_at, run_json, symbol
@@ -56,9 +56,11 @@ def test_terminate_with_a_code_ends_the_process_with_that_status(program: Start,
     assert target.wait() == 42
 
 
-def test_a_target_that_ends_at_once_is_not_reported_as_untouched(program: Start, dynacut: Dynacut) -> None:
+def test_a_target_that_ends_at_once_is_not_reported_as_untouched(
+    program: Start, dynacut: Dynacut, rounds: Rounds
+) -> None:
     """The threads hit the site before dynacut has looked at it again: that is no refusal (exit status 1)."""
-    for _ in range(3):
+    for _ in rounds(3):
         target = program("counter", 2)
         done = dynacut("live", "--pid", target.pid, "--disable", "work")
         assert target.wait() == -signal.SIGTRAP

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import psutil
 
-from .conftest import Dynacut
+from .conftest import Dynacut, Rounds
 from .load import Load
 from .servers import Lighttpd, Nginx, wait_until
 from .untouched import Snapshot
 
 
-def test_nginx_refuses_uploads_in_all_processes_and_takes_them_again(nginx: Nginx, dynacut: Dynacut) -> None:
+def test_nginx_refuses_uploads_in_all_processes_and_takes_them_again(
+    nginx: Nginx, dynacut: Dynacut, rounds: Rounds
+) -> None:
     """Reading a request's body answers 403 at once; nothing but PUT reads one."""
     tree = ("live", "--pid", nginx.pid, "--tree")
     workers = nginx.workers
@@ -24,7 +26,7 @@ def test_nginx_refuses_uploads_in_all_processes_and_takes_them_again(nginx: Ngin
         return lambda: connection.request("GET", "/")[::2] == (200, b"hello\n")
 
     with Load.each(get, threads=2, expect=True) as gets:
-        for _ in range(5):
+        for _ in rounds(5):
             report = dynacut.json(
                 *tree, "--disable", "ngx_http_read_client_request_body", "--on-hit", "return=403", "--as", "upload"
             )
@@ -59,7 +61,9 @@ def test_a_worker_that_nginx_starts_later_has_the_patch(nginx: Nginx, dynacut: D
     assert nginx.request("PUT", "/b.txt", "two")[0] == 201
 
 
-def test_lighttpd_stops_serving_ranges_and_serves_them_again(lighttpd: Lighttpd, dynacut: Dynacut) -> None:
+def test_lighttpd_stops_serving_ranges_and_serves_them_again(
+    lighttpd: Lighttpd, dynacut: Dynacut, rounds: Rounds
+) -> None:
     target = ("live", "--pid", lighttpd.pid)
     before = Snapshot.of(lighttpd.pid)
 
@@ -75,7 +79,7 @@ def test_lighttpd_stops_serving_ranges_and_serves_them_again(lighttpd: Lighttpd,
 
     assert first_byte() == (206, b"h")
     with Load.each(get, threads=2, expect=True) as gets:
-        for _ in range(5):
+        for _ in rounds(5):
             dynacut.json(*target, "--disable", "http_range_rfc7233", "--on-hit", "return=200", "--as", "range")
             assert first_byte() == (200, b"hello\n")
             dynacut.json(*target, "--enable", "range")

@@ -14,7 +14,7 @@ import pytest
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.symbols import SymbolTable
 
-from .conftest import Dynacut
+from .conftest import Dynacut, Rounds
 from .load import Load
 from .servers import Redis, RedisError, is_gone, wait_until
 from .untouched import Snapshot
@@ -134,7 +134,7 @@ def test_return_skips_a_function_whose_caller_copes(redis: Redis, dynacut: Dynac
     assert redis.command("GET", "key") == "old"
 
 
-def test_a_thousand_times_off_and_on_under_load(redis: Redis, dynacut: Dynacut) -> None:
+def test_a_thousand_times_off_and_on_under_load(redis: Redis, dynacut: Dynacut, rounds: Rounds) -> None:
     """Every SET is answered, by OK or by the error; everything else is answered as ever."""
     redis.command("SET", "key", "old")
     cycles = Path(__file__).with_name("cycles.py")
@@ -161,7 +161,7 @@ def test_a_thousand_times_off_and_on_under_load(redis: Redis, dynacut: Dynacut) 
         Load.each(setting, 1, True) as sets,
     ):
         done = subprocess.run(
-            [sys.executable, str(cycles), str(redis.pid), "1000"],
+            [sys.executable, str(cycles), str(redis.pid), str(len(rounds(1000))), *dynacut.options],
             capture_output=True,
             text=True,
             timeout=120,

@@ -11,7 +11,7 @@ import pytest
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.shared.target import SIGTRAP
 
-from .conftest import Dynacut
+from .conftest import Dynacut, Rounds
 from .programs import DENIED, Program, feature
 from .servers import wait_until
 from .test_kill import wait_for_more
@@ -83,10 +83,12 @@ def test_a_mask_hidden_behind_a_temporary_one_is_repaired(program: Start, dynacu
     assert target.ask("mask") == "1", "the undo must bring the thread's mask back"
 
 
-def test_threads_made_by_threads_that_block_sigtrap_survive_hits(program: Start, dynacut: Dynacut) -> None:
+def test_threads_made_by_threads_that_block_sigtrap_survive_hits(
+    program: Start, dynacut: Dynacut, rounds: Rounds
+) -> None:
     """pthread_create saves the mask and puts it back, so a repair amid one is lost; new threads inherit it."""
     target = program("creators", 3)
-    for _ in range(3):
+    for _ in rounds(3):
         _deny(dynacut, target.pid)
         wait_for_more(target, "denied", 100)
         dynacut.json("live", "--pid", target.pid, "--undo")
@@ -95,10 +97,10 @@ def test_threads_made_by_threads_that_block_sigtrap_survive_hits(program: Start,
     assert target.counters()["wrong"] == 0
 
 
-def test_threads_that_come_and_go_bring_no_false_alarm(program: Start, dynacut: Dynacut) -> None:
+def test_threads_that_come_and_go_bring_no_false_alarm(program: Start, dynacut: Dynacut, rounds: Rounds) -> None:
     """glibc blocks all signals for a moment while it makes a thread; that is nothing to warn of."""
     target = program("threads", 4)
-    for _ in range(5):
+    for _ in rounds(5):
         report = dynacut.json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied")
         assert report["warnings"] == []
         dynacut.json("live", "--pid", target.pid, "--undo")
@@ -150,12 +152,14 @@ def test_sigtrap_from_outside_still_ends_a_program_without_a_handler(program: St
 
 
 @pytest.mark.parametrize("kind", ["ignore", "count", "default"])
-def test_an_undo_brings_sigtraps_action_back_to_the_last_bit(program: Start, dynacut: Dynacut, kind: str) -> None:
+def test_an_undo_brings_sigtraps_action_back_to_the_last_bit(
+    program: Start, dynacut: Dynacut, kind: str, rounds: Rounds
+) -> None:
     target = program("traps", kind)
     before = target.ask("action")
     masks = _masks(target.pid)
     assert before.startswith(kind)
-    for _ in range(2):
+    for _ in rounds(2):
         _deny(dynacut, target.pid)
         assert target.ask("action").startswith("other")
         dynacut.json("live", "--pid", target.pid, "--undo")
@@ -185,10 +189,10 @@ def test_a_thread_with_a_tiny_stack_survives_on_its_alternate_one(program: Start
         assert target.ask(f"{where} 3") == str(feature(3))
 
 
-def test_vector_and_floating_point_registers_survive(program: Start, dynacut: Dynacut) -> None:
+def test_vector_and_floating_point_registers_survive(program: Start, dynacut: Dynacut, rounds: Rounds) -> None:
     """While threads with values in them are stopped, sent through stubs, and run into the int3."""
     target = program("crunch", 2)
-    for _ in range(4):
+    for _ in rounds(4):
         _deny(dynacut, target.pid)
         wait_for_more(target, "denied", 1000)
         dynacut.json("live", "--pid", target.pid, "--undo")

@@ -9,7 +9,7 @@ import pytest
 
 from dynacut.live.proc import thread_ids
 
-from .conftest import Dynacut
+from .conftest import Dynacut, Rounds
 from .programs import DENIED, Program, feature
 from .test_kill import bytes_at, run_json, start, symbol, wait_for_more
 from .untouched import Snapshot
@@ -113,21 +113,21 @@ def test_a_change_that_is_refused_in_the_end_has_not_acted_meanwhile(program: St
     assert seen == {"7"}
 
 
-def test_no_wait_of_another_thread_ends_because_a_block_was_refused(program: Start, plan: Path) -> None:
+def test_no_wait_of_another_thread_ends_because_a_block_was_refused(program: Start, plan: Path, rounds: Rounds) -> None:
     """All threads are stopped again and again until the time is over."""
     target = program("inside")
     assert target.ask("enter 3") == "ok"
-    for _ in range(3):
+    for _ in rounds(3):
         assert start("live", "--pid", target.pid, "--plan", plan, "--timeout", "0.1").result()[0] == 1
     assert target.ask("leave") == "7"
 
 
-def test_blocks_under_load_are_overwritten_and_put_back_whole(program: Start) -> None:
+def test_blocks_under_load_are_overwritten_and_put_back_whole(program: Start, rounds: Rounds) -> None:
     target = program("callers", 2)
     address = symbol(target, "feature")
     original = bytes_at(target, address, 64)
     assert target.ask("start") == "ok"
-    for _ in range(10):
+    for _ in rounds(10):
         run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--scope", "block")
         assert bytes_at(target, address, 2) == b"\xcc\xcc"
         wait_for_more(target, "denied", 100)

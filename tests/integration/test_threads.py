@@ -15,7 +15,7 @@ from dynacut.live.process import Process
 from dynacut.live.tracee import Tracee, prompt_stops
 from dynacut.shared.region import find_region
 
-from .conftest import Dynacut
+from .conftest import Dynacut, Rounds
 from .programs import DENIED, Program, feature
 from .servers import wait_until
 from .test_kill import cycle, run_json, start, wait_for_more
@@ -26,9 +26,9 @@ _SCOPES = ["entry", "block"]
 
 
 @pytest.mark.parametrize("scope", _SCOPES)
-def test_threads_come_and_go_meanwhile(program: Start, scope: str) -> None:
+def test_threads_come_and_go_meanwhile(program: Start, scope: str, rounds: Rounds) -> None:
     target = program("threads", 4)
-    for _ in range(10):
+    for _ in rounds(10):
         run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--scope", scope)
         wait_for_more(target, "denied", 100)
         run_json("live", "--pid", target.pid, "--undo")
@@ -37,10 +37,10 @@ def test_threads_come_and_go_meanwhile(program: Start, scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", _SCOPES)
-def test_sixty_four_busy_threads(program: Start, scope: str) -> None:
+def test_sixty_four_busy_threads(program: Start, scope: str, rounds: Rounds) -> None:
     target = program("callers", 64)
     assert target.ask("start") == "ok"
-    for _ in range(3):
+    for _ in rounds(3):
         run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--scope", scope)
         wait_for_more(target, "denied", 1000)
         run_json("live", "--pid", target.pid, "--undo", "--timeout", "30")
@@ -49,11 +49,11 @@ def test_sixty_four_busy_threads(program: Start, scope: str) -> None:
     assert len(thread_ids(target.pid)) == 65
 
 
-def test_no_thread_of_many_is_left_stopped(program: Start) -> None:
+def test_no_thread_of_many_is_left_stopped(program: Start, rounds: Rounds) -> None:
     """One that gets no processor for a while stops late; whoever asked it to must still let it go."""
     target = program("callers", 64)
     assert target.ask("start") == "ok"
-    cycle(target, 10, "--disable feature --on-hit redirect=denied", "--undo")
+    cycle(target, len(rounds(10)), "--disable feature --on-hit redirect=denied", "--undo")
     assert [tid for tid in thread_ids(target.pid) if task_status(target.pid, tid).state in "tT"] == []
     assert target.counters("stop")["wrong"] == 0
 
@@ -103,10 +103,10 @@ def _send_running_thread(pid: int, address: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("name", "count"), [("eintr", 7), ("waiters", 9)])
 @pytest.mark.parametrize("scope", _SCOPES)
-def test_no_wait_ends_early_or_with_eintr(program: Start, name: str, count: int, scope: str) -> None:
+def test_no_wait_ends_early_or_with_eintr(program: Start, name: str, count: int, scope: str, rounds: Rounds) -> None:
     target = program(name)
     blocked = f"blocked {count}"
-    for _ in range(20):
+    for _ in rounds(20):
         run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--scope", scope)
         assert target.ask("feature 3") == str(DENIED)
         assert target.ask("report") == blocked
