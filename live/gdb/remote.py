@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +125,8 @@ def _connect(session: GdbSession, server: Server) -> int | None:
     if held is None and server.pid is None:
         raise DynacutError(f"the gdbserver at {server.address} has no process", "say by --pid P which one is meant")
     if held is not None and server.pid not in (None, held):
+        with suppress(GdbError):
+            session.command("-target-disconnect")  # or gdb would let the process go at its end
         raise DynacutError(
             f"the gdbserver at {server.address} has process {held}, not {server.pid}",
             f"leave out --pid, or use a gdbserver that has {server.pid}",

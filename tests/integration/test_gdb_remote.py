@@ -41,6 +41,8 @@ def test_a_process_that_a_gdbserver_has_attached_to(program: Start) -> None:
         report = remote.json("live", *_DENY)  # it needs not be told the pid
         assert report["target"]["pid"] == target.pid
         assert target.ask("feature 3") == str(DENIED)
+        refused(remote, "--undo", says="has no process", advises="--pid P")  # it was let go
+        assert remote.json("live", "--pid", target.pid)["features"][0]["hits"] == 1
     assert target.ask("feature 3") == str(DENIED)
     assert Dynacut().json("live", "--pid", target.pid)["features"][0]["hits"] == 2
     Dynacut().json("live", "--pid", target.pid, "--undo")
@@ -53,13 +55,12 @@ def test_a_program_that_a_gdbserver_starts(tmp_path: Path) -> None:
     with GdbServer(program=[executable], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         report = GdbDynacut(server).json("live", *_DENY)
         assert report["features"][0]["state"] == "disabled"
-        assert server.process.stdin is not None and server.process.stdout is not None
-        server.process.stdin.write(b"feature 3\n")
-        lines = iter(server.process.stdout.readline, b"")
-        wanted = [
-            line.strip() for line, _ in zip((each for each in lines if b"Process" not in each), "12", strict=False)
-        ]
-        assert wanted == [b"ready", str(DENIED).encode()]
+        given, said = server.process.stdin, server.process.stdout
+        assert given is not None and said is not None
+        while (line := said.readline()) != b"ready\n":
+            assert line, "the program ended"
+        given.write(b"feature 3\n")
+        assert said.readline() == f"{DENIED}\n".encode()
         os.kill(report["target"]["pid"], signal.SIGKILL)
 
 
