@@ -116,7 +116,7 @@ def _connect(session: GdbSession, server: Server) -> int | None:
     try:
         session.command(f"-target-select extended-remote {server.address}")
         groups = session.command("-list-thread-groups")["groups"]
-    except GdbError as error:
+    except (GdbError, DynacutError) as error:
         raise DynacutError(
             f"the gdbserver at {server.address} cannot be reached: {error}",
             "start one there: gdbserver --attach HOST:PORT PID, or gdbserver --multi HOST:PORT",
