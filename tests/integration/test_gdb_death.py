@@ -26,7 +26,7 @@ from .untouched import Snapshot
 
 Start = Callable[..., Program]
 _DISABLE = ("--disable", "work", "--on-hit", "redirect=denied")
-_KILLS = 6
+_KILLS = 5
 """Of each kind; DYNACUT_KILLS in the environment asks for more."""
 
 
