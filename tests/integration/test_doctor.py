@@ -88,6 +88,19 @@ def test_without_gdb(dynacut: Dynacut, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "gdb: does not work" in shown.stdout.splitlines()[-1]
 
 
+def test_with_a_gdb_of_old(dynacut: Dynacut, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It says its version, and knows nothing of the machine interface that is spoken with it."""
+    folder = folder_with(tmp_path / "bin", "gcc", "objcopy")
+    old = Path(folder, "gdb")
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo GNU gdb 7.2 || exit 1\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", folder)
+    report = dynacut.json("doctor")
+    check = lacks(report, "gdb", "missing", "--engine gdb", "install gdb 9 or newer")
+    assert check["found"] == f"7.2, {old}: too old"
+    assert report["works"]["live"] is True and report["works"]["gdb"] is False
+
+
 def test_without_a_compiler(dynacut: Dynacut, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", folder_with(tmp_path / "bin", "objcopy"))
     check = lacks(dynacut.json("doctor"), "compiler", "limited", "cannot be installed from source", "install gcc")
