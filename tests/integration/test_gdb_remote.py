@@ -138,6 +138,7 @@ def test_what_is_no_gdbserver(dynacut: Dynacut) -> None:
         (("--remote", "a:1", "--name", "x"), "--name does not go with --remote"),
         (("--remote", "a:1", "--tree"), "--tree does not go with --remote"),
         (("--remote", "a:1", "--learned"), "--learned does not go with --remote"),
+        (("--remote", "a:1", "--standing"), "--standing does not go with --remote"),
         (("--remote", "a:1", "--undo", "--fallback", "checkpoint"), "--fallback does not go with --remote"),
         (("--pid", "1", "--sysroot", "/"), "--sysroot belongs to --remote"),
     ],
