@@ -36,11 +36,10 @@ def all_seen_outside(process: Process, region: Region, clock: StopClock, deadlin
         waiting = {tid for tid in unseen if _waits_outside(pid, tid, region)}
         clean |= waiting
         left = max(0.0, deadline - time.monotonic())
-        for tracee in each_stopped([tid for tid in unseen if tid not in waiting], left):
+        for tracee in each_stopped([tid for tid in unseen if tid not in waiting], left, clock):
             inside = region.contains_code(tracee.registers["rip"])
             if not inside and not tracee.pending_signals() & SIGTRAP_BIT:
                 clean.add(tracee.tid)
-            clock.add(tracee.stopped_ns)
         if any(tid not in clean for tid in unseen):
             time.sleep(_LOOK_PAUSE)  # or a thread in the handler would be stopped again before it gets on
         if time.monotonic() > deadline:

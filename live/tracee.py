@@ -27,6 +27,7 @@ from dynacut.live.ptrace_call import (
     Registers,
 )
 from dynacut.live.resumption import SYSCALL_SIZE, Resumption, in_syscall, resumption, was_interrupted
+from dynacut.live.stop_clock import StopClock
 from dynacut.live.urgency import processors_awake, urgent
 from dynacut.shared.errors import DynacutError
 
@@ -63,7 +64,8 @@ _SIGNAL_NUMBER = struct.Struct("<i")
 
 _SPIN_NS = 60_000
 _LATE_TIMEOUT = 0.2
-_ASKED_AT_ONCE = 8
+_ASKED_AT_ONCE = 32
+_LOOK_AGAIN = 0.0003
 _late: list[Tracee] = []
 """Threads that were asked to stop and have not yet: ptrace keeps them for the whole process, and so must we."""
 
@@ -83,18 +85,23 @@ class Tracee:
         """Seizes without stopping.
 
         Raises:
-            ThreadGoneError: the thread ended. DynacutError: it may not be traced.
+            ThreadGoneError: the thread ended. NoStopError: an earlier request to stop it is still on its way.
+            DynacutError: it may not be traced.
         """
+        if tid in _late_tids():
+            release_late(0)
+            if tid in _late_tids():
+                raise NoStopError
         self.tid = tid
         self.stopped = False
         self._seized = True
         self.stopped_ns = 0
-        """How long the thread was stopped, from the interruption to the detachment."""
+        """How long the thread was stopped, at most: from when it was last known to run to the detachment."""
         self.registers: dict[str, int] = {}
         """The registers by their names in struct user_regs_struct, once the thread is stopped."""
         self._raw_registers = Registers()
         self._mask = ctypes.c_uint64()
-        self._interrupted_at = 0
+        self._runs_until = 0
         self._signal = 0
         try:
             ptrace_call.call(PTRACE_SEIZE, tid)
@@ -136,13 +143,12 @@ class Tracee:
         Raises:
             ThreadGoneError, NoStopError.
         """
-        self._interrupted_at = time.perf_counter_ns()
-        self._call(PTRACE_INTERRUPT)
-        self.await_stop(self._interrupted_at + int(timeout * 1e9))
+        self.request_interrupt()
+        self.await_stop(self._runs_until + int(timeout * 1e9))
 
     def request_interrupt(self) -> None:
         """Asks for a stop without waiting for it: for stopping many threads, await_stop() waits."""
-        self._interrupted_at = time.perf_counter_ns()
+        self._runs_until = time.perf_counter_ns()
         self._call(PTRACE_INTERRUPT)
 
     def await_stop(self, deadline_ns: int) -> None:
@@ -166,12 +172,14 @@ class Tracee:
         Raises:
             ThreadGoneError; NoStopError: it is stopped by a signal, and stays so.
         """
+        now = time.perf_counter_ns()
         try:
             tid, status = os.waitpid(self.tid, _WALL | os.WNOHANG)
         except ChildProcessError:
             self._seized = False
             raise ThreadGoneError from None
         if tid == 0:
+            self._runs_until = now
             return False
         if not os.WIFSTOPPED(status):
             self._seized = False
@@ -265,7 +273,7 @@ class Tracee:
         self.stopped = self._seized = False
         with suppress(ThreadGoneError):
             self._call(PTRACE_DETACH, 0, self._signal)
-        self.stopped_ns = time.perf_counter_ns() - self._interrupted_at
+        self.stopped_ns = time.perf_counter_ns() - self._runs_until
 
     def _call(self, request: int, address: int = 0, data: int = 0) -> int:
         try:
@@ -281,9 +289,10 @@ class Tracee:
 def wait_for_stops(seconds: float) -> None:
     """Waits a moment for a tracee to stop.
 
-    SIGCHLD, blocked by prompt_stops(), comes with each stop; the moment is short for one that was missed.
+    SIGCHLD, blocked by prompt_stops(), comes with each stop; the moment is short for one that was missed, and for
+    knowing how long a thread was stopped at most.
     """
-    signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(seconds, 0.002)))
+    signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(seconds, _LOOK_AGAIN)))
 
 
 def release_late(timeout: float) -> None:
@@ -304,6 +313,10 @@ def release_late(timeout: float) -> None:
             wait_for_stops(deadline - time.monotonic())
 
 
+def _late_tids() -> set[int]:
+    return {tracee.tid for tracee in _late}
+
+
 def _is_ending(tid: int) -> bool:
     """Whether a thread is on its way out; SEIZE says EPERM then (ptrace_attach in kernel/ptrace.c)."""
     try:
@@ -314,21 +327,21 @@ def _is_ending(tid: int) -> bool:
     return fields[0] in (b"Z", b"X") or bool(flags & _PF_EXITING)
 
 
-def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
-    """Stops threads, yields each as it stops and lets it go at once.
+def each_stopped(tids: Iterable[int], timeout: float, clock: StopClock) -> Iterator[Tracee]:
+    """Stops threads, yields each as it stops and lets it go at once; clock counts the stops.
 
     A few are asked at a time: with more threads than processors each takes a while to stop, and one that has stopped
     must not wait for others. Threads that end, or do not stop within timeout seconds, are passed over.
     """
     release_late(0)
-    late = {tracee.tid for tracee in _late}
+    late = _late_tids()
     ahead = [tid for tid in tids if tid not in late]
     asked: list[Tracee] = []
     deadline = time.monotonic() + timeout
     with urgent():
         while (ahead or asked) and time.monotonic() < deadline:
             if ahead and len(asked) < _ASKED_AT_ONCE:
-                with suppress(ThreadGoneError):
+                with suppress(ThreadGoneError, NoStopError):
                     tracee = Tracee(ahead.pop(0))
                     tracee.request_interrupt()
                     asked.append(tracee)
@@ -340,6 +353,7 @@ def each_stopped(tids: Iterable[int], timeout: float) -> Iterator[Tracee]:
                         continue
                     with tracee:
                         yield tracee
+                    clock.add(tracee.stopped_ns)
                 except (ThreadGoneError, NoStopError):
                     continue
             if len(waiting) == len(asked) and (not ahead or len(asked) == _ASKED_AT_ONCE):

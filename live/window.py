@@ -105,6 +105,8 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
                     started.append(tracee)
                 except ThreadGoneError:
                     continue
+                except NoStopError:
+                    raise _does_not_stop(process, tid) from None
             deadline = time.perf_counter_ns() + int(_STOP_TIMEOUT * 1e9)
             for tracee in started:
                 try:
@@ -113,10 +115,14 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
                 except ThreadGoneError:
                     continue
                 except NoStopError:
-                    raise NeedsCheckpointError(
-                        f"thread {tracee.tid} of {process.label} does not stop: it sleeps uninterruptibly", "try again"
-                    ) from None
+                    raise _does_not_stop(process, tracee.tid) from None
         yield held
+
+
+def _does_not_stop(process: Process, tid: int) -> DynacutError:
+    return NeedsCheckpointError(
+        f"thread {tid} of {process.label} does not stop: it sleeps uninterruptibly", "try again"
+    )
 
 
 def _find_thread(process: Process, occupancy: Occupancy, tracees: dict[int, Tracee]) -> _Busy | None:
