@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dynacut.handlers.table import KernelAction, Repair, RepairKind, Table
-from dynacut.live.proc import blocked_in, start_time, task_status, thread_ids
+from dynacut.live.proc import blocked_in, ran_ns, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.remote import Remote
@@ -29,6 +29,8 @@ from dynacut.shared.target import SIGTRAP
 _PASSING = 0.03
 """Seconds after which a mask that blocks SIGTRAP is taken to be meant: glibc blocks all signals while it makes a
 thread, and a signal handler's mask goes when it returns."""
+_STARVING = 1.0
+"""Seconds that such a thread, ready to run, is waited for at most."""
 _LOOK_PAUSE = 0.002
 _QUIET_LOOKS = 3
 _STOP_TIMEOUT = 0.5
@@ -117,14 +119,27 @@ def _suspects(pid: int, looked_at: set[int]) -> list[int]:
 
 
 def lasting_blockers(pid: int) -> list[int]:
-    """The threads that block SIGTRAP, not only for the moment."""
-    seen = blocking_threads(pid)
-    until = time.monotonic() + _PASSING
-    while seen and time.monotonic() < until:
+    """The threads that block SIGTRAP, not only for the moment.
+
+    The moment is one of the thread's own: on a busy machine it may get no processor for longer.
+    """
+    seen = {tid: ran_ns(pid, tid) for tid in blocking_threads(pid)}
+    started = time.monotonic()
+    while seen and (
+        (passed := time.monotonic() - started) < _PASSING
+        or (passed < _STARVING and any(_has_hardly_run(pid, tid, before) for tid, before in seen.items()))
+    ):
         time.sleep(_LOOK_PAUSE)
         now = blocking_threads(pid)
-        seen = [tid for tid in seen if tid in now]
-    return seen
+        seen = {tid: before for tid, before in seen.items() if tid in now}
+    return list(seen)
+
+
+def _has_hardly_run(pid: int, tid: int, before: int) -> bool:
+    try:
+        return task_status(pid, tid).state == "R" and ran_ns(pid, tid) - before < _PASSING * 1e9 / 10
+    except OSError:
+        return False
 
 
 def block_threads_again(process: Process, repairs: Sequence[Repair], clock: StopClock) -> None:

@@ -122,6 +122,17 @@ def parse_start_time(stat: bytes) -> int:
     return int(stat.rpartition(b")")[2].split()[19])
 
 
+def ran_ns(pid: int, tid: int) -> int:
+    """How long a thread has had a processor, in ns (/proc/PID/schedstat, Documentation/scheduler/sched-stats.rst).
+
+    0 where it has ended, or the kernel does not tell.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/task/{tid}/schedstat").read_bytes().split()[0])
+    except (OSError, IndexError):
+        return 0
+
+
 def auxiliary_vector(pid: int) -> dict[int, int]:
     """What the kernel told the program at its start, by type (getauxval(3))."""
     return dict(struct.iter_unpack("<QQ", Path(f"/proc/{pid}/auxv").read_bytes()))
