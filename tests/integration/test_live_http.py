@@ -26,7 +26,7 @@ def test_nginx_refuses_uploads_in_all_processes_and_takes_them_again(
         return lambda: connection.request("GET", "/")[::2] == (200, b"hello\n")
 
     with Load.each(get, threads=2, expect=True) as gets:
-        for _ in rounds(5):
+        for _ in rounds(3):
             report = dynacut.json(
                 *tree, "--disable", "ngx_http_read_client_request_body", "--on-hit", "return=403", "--as", "upload"
             )
@@ -79,7 +79,7 @@ def test_lighttpd_stops_serving_ranges_and_serves_them_again(
 
     assert first_byte() == (206, b"h")
     with Load.each(get, threads=2, expect=True) as gets:
-        for _ in rounds(5):
+        for _ in rounds(3):
             dynacut.json(*target, "--disable", "http_range_rfc7233", "--on-hit", "return=200", "--as", "range")
             assert first_byte() == (200, b"hello\n")
             dynacut.json(*target, "--enable", "range")

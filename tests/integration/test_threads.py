@@ -53,7 +53,7 @@ def test_no_thread_of_many_is_left_stopped(program: Start, rounds: Rounds) -> No
     """One that gets no processor for a while stops late; whoever asked it to must still let it go."""
     target = program("callers", 64)
     assert target.ask("start") == "ok"
-    cycle(target, len(rounds(10)), "--disable feature --on-hit redirect=denied", "--undo")
+    cycle(target, len(rounds(4)), "--disable feature --on-hit redirect=denied", "--undo")
     assert [tid for tid in thread_ids(target.pid) if task_status(target.pid, tid).state in "tT"] == []
     assert target.counters("stop")["wrong"] == 0
 
