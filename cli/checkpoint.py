@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.cli.arguments import seconds
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import ExitStatus, printable
@@ -39,7 +40,7 @@ def add_criu_options(parser: argparse.ArgumentParser, *, timeout: str) -> None:
     parser.add_argument(
         "--criu", type=Path, metavar="PATH", help="the CRIU to use (default: DYNACUT_CRIU, PATH, that of `make criu`)"
     )
-    parser.add_argument("--timeout", type=float, metavar="S", help=timeout)
+    parser.add_argument("--timeout", type=seconds, metavar="S", help=timeout)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import print_json, print_table
-from dynacut.shared.errors import DynacutError, printable
+from dynacut.shared.errors import printable
 from dynacut.shared.target import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _SHOWN_BYTES = 256
 
 
-def print_image(image: Image, *, thorough: bool) -> None:
-    """Every process; thorough: its threads, VMAs and signal actions as well."""
+def print_image(image: Image, processes: Sequence[ImageProcess], *, thorough: bool) -> None:
+    """These processes of an image; thorough: their threads, VMAs and signal actions as well."""
     print(f"image {printable(str(image.path))}")
     rows = []
-    for process in image.processes:
+    for process in processes:
         dumped = sum(_dumped(process, vma["start"], vma["end"]) for vma in _ranges(process))
         cells = [str(process.pid), process.name, str(len(process.threads)), str(len(process.mappings)), f"{dumped:,}"]
         rows.append([*cells, process.exe])
@@ -29,7 +29,7 @@ def print_image(image: Image, *, thorough: bool) -> None:
     print_table("processes", columns, rows, right=frozenset({0, 2, 3, 4}))
     if not thorough:
         return
-    for process in image.processes:
+    for process in processes:
         print(f"process {process.pid} ({printable(process.name)})")
         document = _process_document(process)
         threads = [
@@ -48,9 +48,9 @@ def print_image(image: Image, *, thorough: bool) -> None:
         print_table("signal handlers", ["signal", "handler", "flags", "mask"], actions)
 
 
-def image_document(image: Image, processes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def image_document(processes: Sequence[ImageProcess], documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The processes' documents with what only an image has."""
-    return [document | _process_document(process) for document, process in zip(processes, image.processes, strict=True)]
+    return [document | _process_document(process) for document, process in zip(documents, processes, strict=True)]
 
 
 def _process_document(process: ImageProcess) -> dict[str, Any]:
@@ -126,13 +126,12 @@ def show_disassembly(image: Image, site: str, pids: Sequence[int], *, as_json: b
     Raises:
         DynacutError: the site is not found in the chosen process (the root by default).
     """
+    from dynacut.offline.change import chosen
     from dynacut.shared.code import CodeOf
     from dynacut.shared.disassembly import instructions
     from dynacut.shared.sites import Locator
 
-    process = next((each for each in image.processes if each.pid in pids), None) if pids else image.processes[0]
-    if process is None:
-        raise DynacutError(f"the image has no process {pids[0]}", "`dynacut offline IMAGE_DIR` shows the processes")
+    process = chosen(image, pids)[0]
     place = Locator(CodeOf(process)).locate(site)
     function = place.code.function_at(place.offset)
     size = min(_SHOWN_BYTES, function.end - place.offset) if function else _SHOWN_BYTES

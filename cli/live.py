@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.cli.arguments import seconds
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.engine import add_engine_options, behind_gdbserver, check_engine, engine_of, further_names
 from dynacut.cli.fallback import Fallback, add_fallback_options, by_checkpoint, check_usage
@@ -38,6 +39,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--name", dest="process_name", metavar="N", help="the only process (or tree) of that name")
     parser.add_argument("--tree", action="store_true", help="all its descendants as well")
     parser.add_argument("-o", dest="output", type=Path, metavar="F", help="of --learned, --standing: the log to write")
+    parser.add_argument(
+        "--timeout", type=seconds, default=10.0, metavar="S", help="give up after S seconds (default: 10)"
+    )
     add_options(parser)
     add_fallback_options(parser)
     add_engine_options(parser)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 from dynacut.cli.console import print_error
 from dynacut.shared.errors import DynacutError, ExitStatus
 
-STARTED = time.perf_counter()
-_COMMANDS = {
+COMMANDS = {
     "live": "live",
     "offline": "offline",
     "trace": "trace.command",
@@ -33,7 +31,7 @@ Only the module of the command that is given is imported; the others, for a list
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    parser = _parser(words[:1] if words and words[0] in _COMMANDS else list(_COMMANDS))
+    parser = command_parser(words[:1] if words and words[0] in COMMANDS else list(COMMANDS))
     parsed = parser.parse_args(words)
     try:
         return int(parsed.run(parsed))
@@ -50,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(ExitStatus.DONE)
 
 
-def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
+def command_parser(names: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command line, with the subcommands of these names."""
     parser = argparse.ArgumentParser(
         prog="dynacut",
         description="Switch code features of a running Linux process off and on again, without a restart.",
@@ -60,7 +59,7 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in names:
-        command = import_module(f"dynacut.cli.{_COMMANDS[name]}")
+        command = import_module(f"dynacut.cli.{COMMANDS[name]}")
         subparser = commands.add_parser(
             name,
             help=command.HELP,

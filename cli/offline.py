@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
                 flat=arguments.flat,
             )
         else:
-            outcome = look(image)
+            outcome = look(image, arguments.pid)
         wall_ms = (time.perf_counter() - started) * 1000
         _report(image, outcome, arguments, changes=request.changes, wall_ms=wall_ms)
     return ExitStatus.DONE
@@ -85,22 +85,27 @@ def _check_usage(arguments: argparse.Namespace, *, changes: bool, lists: bool) -
         raise usage("a changed image needs a place", "give a new directory by -o OUT_DIR, or try with --dry-run")
     if not changes and not lists and (arguments.output is not None or arguments.flat):
         raise usage("-o and --flat without a change to write", "add --plan, --disable, --enable or --undo")
-    if changes and arguments.disassemble:
-        raise usage("--disassemble only shows", "do one after the other")
+    if arguments.disassemble and (changes or lists):
+        raise usage("--disassemble only shows instructions", "do one after the other")
+    if arguments.flat and lists:
+        raise usage("--flat without a change to write", "add --plan, --disable, --enable or --undo")
+    if arguments.root and not Path(arguments.root).is_dir():
+        raise DynacutError(f"{arguments.root} is no directory", "give the folder that the image's program files are in")
 
 
 def _list(image: Image, arguments: argparse.Namespace) -> ExitStatus:
     """Lists what the processes had learned, or where their threads are."""
     from dynacut.cli.listed import LEARNED, STANDING, show_blocks
+    from dynacut.offline.change import chosen
     from dynacut.shared.keep import learned_blocks, union_of_all
     from dynacut.shared.region import find_region
     from dynacut.shared.standing import standing_of
 
-    chosen = [process for process in image.processes if not arguments.pid or process.pid in arguments.pid]
+    processes = chosen(image, arguments.pid)
     if arguments.standing:
-        parts = [standing_of(each, [(thread.rip, thread.rsp) for thread in each.threads]) for each in chosen]
+        parts = [standing_of(each, [(thread.rip, thread.rsp) for thread in each.threads]) for each in processes]
     else:
-        regions = [(process, find_region(process)) for process in chosen]
+        regions = [(process, find_region(process)) for process in processes]
         parts = [learned_blocks(process, found.table if found else None) for process, found in regions]
     show_blocks(
         union_of_all(parts),
@@ -115,6 +120,8 @@ def _list(image: Image, arguments: argparse.Namespace) -> ExitStatus:
 
 
 def _report(image: Image, outcome: Outcome, arguments: argparse.Namespace, *, changes: bool, wall_ms: float) -> None:
+    from dynacut.offline.change import chosen
+
     for line in dict.fromkeys(warning for process in outcome.processes for warning in process.warnings):
         warn(line)
     for line in outcome.skipped:
@@ -124,7 +131,7 @@ def _report(image: Image, outcome: Outcome, arguments: argparse.Namespace, *, ch
         if not changes:
             from dynacut.cli.image_shown import image_document
 
-            document["processes"] = image_document(image, document["processes"])
+            document["processes"] = image_document(chosen(image, arguments.pid), document["processes"])
         print_json(document)
     elif not arguments.quiet:
         if changes:
@@ -132,7 +139,7 @@ def _report(image: Image, outcome: Outcome, arguments: argparse.Namespace, *, ch
         else:
             from dynacut.cli.image_shown import print_image
 
-            print_image(image, thorough=arguments.verbose > 0)
+            print_image(image, chosen(image, arguments.pid), thorough=arguments.verbose > 0)
             print_modules(outcome.processes)
         print_features(outcome.processes, with_sites=arguments.verbose > 0)
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynacut.cli.arguments import address
 from dynacut.cli.console import warn
 from dynacut.handlers.table import Table
 from dynacut.shared import resolve
-from dynacut.shared.errors import DynacutError, ExitStatus, shortened
+from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.patch_set import PatchSet
@@ -56,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "sites with the action handler; alone, or with --disable or --plan",
     )
     what.add_argument(
-        "--handler-at", type=_address, metavar="0xADDRESS", help="where to load it (default: a free place)"
+        "--handler-at", type=address, metavar="0xADDRESS", help="where to load it (default: a free place)"
     )
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -67,9 +68,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--dry-run", action="store_true", help="verify everything, change nothing")
     how.add_argument("--json", action="store_true", help="print one JSON document")
-    how.add_argument(
-        "--timeout", type=_seconds, default=10.0, metavar="S", help="give up after S seconds (default: 10)"
-    )
     how.add_argument("-v", "--verbose", action="count", default=0, help="show every site; twice: trace back errors")
     how.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
@@ -176,17 +174,3 @@ class Request:
 
 def _usage(problem: str, advice: str) -> DynacutError:
     return DynacutError(problem, advice, status=ExitStatus.USAGE)
-
-
-def _address(text: str) -> int:
-    try:
-        return int(text, 16)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no address such as 0x7f0000000000") from None
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError("a number of seconds from 0 to 3600")
-    return seconds

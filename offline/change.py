@@ -37,9 +37,13 @@ class Outcome:
     """Processes that run another program, a line each."""
 
 
-def look(image: Image) -> Outcome:
-    """Looks at every process of an image."""
-    return Outcome([inspect(process) for process in image.processes])
+def look(image: Image, pids: Sequence[int] = ()) -> Outcome:
+    """Looks at every process of an image, or only at these.
+
+    Raises:
+        DynacutError: the image has no such process.
+    """
+    return Outcome([inspect(process) for process in chosen(image, pids)])
 
 
 def change(
@@ -54,13 +58,13 @@ def change(
         DynacutError: refused, with nothing written.
     """
     outcome = Outcome()
-    chosen = _chosen(image, pids)
-    for process in chosen:
+    processes = chosen(image, pids)
+    for process in processes:
         found = find_region(process)
         try:
             patches = resolve(process, found.table if found else None)
         except DynacutError as error:
-            if pids or process.exe == chosen[0].exe:
+            if pids or process.exe == processes[0].exe:
                 raise
             outcome.skipped.append(f"{process.label} runs {process.exe}: {error.problem}")
             continue
@@ -79,7 +83,12 @@ def _record(original: Path) -> bytes:
     return Record(read_options(original), original=str(original.absolute())).packed()
 
 
-def _chosen(image: Image, pids: Sequence[int]) -> list[ImageProcess]:
+def chosen(image: Image, pids: Sequence[int]) -> list[ImageProcess]:
+    """The processes of an image with these pids, in the image's order; without pids all.
+
+    Raises:
+        DynacutError: the image has no such process.
+    """
     by_pid = {process.pid: process for process in image.processes}
     for pid in pids:
         if pid not in by_pid:

@@ -116,7 +116,7 @@ def _ends(process: ImageProcess) -> list[object]:
 
 def _show(image: Image) -> None:
     """What `dynacut offline -v --json` asks for."""
-    document = image_document(image, [{} for _ in image.processes])
+    document = image_document(image.processes, [{} for _ in image.processes])
     assert len(document) == len(image.processes)
 
 

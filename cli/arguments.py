@@ -1,0 +1,70 @@
+"""Values of options, checked as they are read: what argparse calls the type of an argument."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+
+from dynacut.shared.errors import shortened
+
+_MAX_SECONDS = 366 * 24 * 3600.0
+_MAX_COUNT = 1_000_000
+
+
+def tcp_port(text: str) -> int:
+    """A TCP port."""
+    return _whole_number(text, 1, 65535, "TCP port")
+
+
+def count(text: str) -> int:
+    """How often, or how many: one at least."""
+    return _whole_number(text, 1, _MAX_COUNT, "number")
+
+
+def seconds(text: str) -> float:
+    """A time that passes: more than none, and less than a year."""
+    duration = _duration(text)
+    if duration == 0:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no number of seconds greater than 0")
+    return duration
+
+
+def pause(text: str) -> float:
+    """A time that may be none at all."""
+    return _duration(text)
+
+
+def address(text: str) -> int:
+    """An absolute address, in hexadecimal."""
+    try:
+        value = int(text, 16)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no address such as 0x7f0000000000")
+    return value
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression, as of Python's re."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no regular expression: {error}") from None
+
+
+def _duration(text: str) -> float:
+    try:
+        duration = float(text)
+    except ValueError:
+        duration = math.nan
+    if not 0 <= duration <= _MAX_SECONDS:  # nan is not
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no number of seconds")
+    return duration
+
+
+def _whole_number(text: str, least: int, most: int, kind: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not least <= int(text[:20]) <= most:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no {kind} from {least} to {most}")
+    return int(text)
