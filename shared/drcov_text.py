@@ -120,8 +120,9 @@ def shown(text: bytes) -> str:
 def read_header(reader: LogReader) -> Header:
     """Read the next header; DynacutError if it is malformed or of an unknown version."""
     if not reader.data.startswith(BEGINNINGS, reader.position):
+        beginning = f"begins with {shown(reader.data)}" if reader.data else "is empty"
         raise DynacutError(
-            f"{reader.path} is not a drcov log: it begins with {shown(reader.data)}",
+            f"{reader.path} is not a drcov log: it {beginning}",
             "pass a log of dynacut trace, or of DynamoRIO's drcov, Frida or QEMU",
         )
     line = reader.line("its version")

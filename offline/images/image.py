@@ -36,6 +36,10 @@ class Image:
         self.path = path
         self.processes: list[ImageProcess] = []
         try:
+            if not self.folder.has("pstree.img"):
+                raise DynacutError(
+                    f"{path} is no image: it has no pstree.img", "give the directory that `dynacut checkpoint` wrote"
+                )
             self.depth = _checked_depth(self.folder)
             files = self._files()
             for pid, tids in self._tree():

@@ -261,7 +261,7 @@ TEXT = f"{SOUND}BB Table: 2 bbs\nmodule id, start, size:\nmodule[0]: 0x1, 2\n"
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ("", "is not a drcov log: it begins with ''"),
+        ("", "is not a drcov log: it is empty"),
         ("\x7fELF", "is not a drcov log"),
         ("DRCOV VERSION: 4\n", "of file version 4"),
         ("DRCOV VERSION: two\n", r"'DRCOV VERSION: two' is where the module table should be \(line 1\)"),
