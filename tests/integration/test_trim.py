@@ -423,7 +423,7 @@ def test_redis_serves_its_whole_benchmark(trim: Trims, dynacut: Dynacut, tmp_pat
     port, other = free_port(), free_port()
     # What redis's replicationCron does every tenth time, once in ten seconds, it is to do every time.
     options = ("--save", "", "--dir", str(tmp_path), "--repl-ping-replica-period", "1")
-    work = f"redis-benchmark -p {port} -n 1000 -q"
+    work = f"redis-benchmark -p {port} -n 300 -q"
     save = f"redis-cli -p {port} bgsave && until redis-cli -p {port} info | grep -q in_progress:0; do sleep 0.05; done"
     passes = ("--passes", "5", "--quiet-passes", "2", "--idle", "0.1", "--linger", "6", "--on-hit", "learn")
     command = ("redis-server", "--port", str(port), *options)
