@@ -16,6 +16,7 @@ import pytest
 from .load import Load
 from .programs import Program, compile_program
 from .servers import Lighttpd, Nginx, Redis, Server, ServerMissing
+from .trims import Trims
 
 Rounds = Callable[[int], range]
 AnyServer = TypeVar("AnyServer", bound=Server)
@@ -109,3 +110,13 @@ def rounds() -> Rounds:
 def dynacut() -> Dynacut:
     """dynacut("live", "--pid", pid) → CompletedProcess; dynacut.json("live", …) → dict."""
     return Dynacut()
+
+
+@pytest.fixture
+def trim(dynacut: Dynacut, tmp_path: Path) -> Iterator[Trims]:
+    """trim(option, …) → its report; what it leaves running is ended after the test."""
+    trims = Trims(dynacut, tmp_path / "trim")
+    try:
+        yield trims
+    finally:
+        trims.end()

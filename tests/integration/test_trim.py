@@ -1,11 +1,10 @@
-"""dynacut trim: start-up code removed from a small program and from real servers, which go on doing their work."""
+"""dynacut trim: start-up code removed from a small program, which goes on doing its work."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from dynacut.offline import processes
@@ -26,74 +23,13 @@ from dynacut.shared.plan import load
 
 from .checkpoints import the_criu
 from .conftest import Dynacut
-from .http_workload import reload, requests
 from .programs import compile_program, feature
-from .servers import Lighttpd, Nginx, Server, become_subreaper, free_port, is_gone, is_running, wait_until
+from .servers import become_subreaper, free_port, is_gone, is_running, wait_until
+from .trims import Trims, assert_trimmed, ended
 
-WORKLOAD = Path(__file__).with_name("http_workload.py")
-TIMEOUT = 400
 QUICK = ("--idle", "0.1", "--linger", "0")
 """For programs without timers."""
 ENDED_BY_SIGTRAP = -int(signal.SIGTRAP)
-
-
-class Trims:
-    """Runs `dynacut trim`, and ends what it leaves running."""
-
-    def __init__(self, dynacut: Dynacut, directory: Path) -> None:
-        self._dynacut = dynacut
-        self.directory = directory
-        self._pids: list[int] = []
-
-    def __call__(self, *arguments: str | int | Path) -> dict[str, Any]:
-        """The report; its process is a child of ours, once trim has ended."""
-        become_subreaper()
-        done = self._dynacut("trim", "-o", self.directory, "--json", *arguments, timeout=TIMEOUT)
-        assert done.returncode == 0, f"{done.stderr}{done.stdout}"
-        report = json.loads(done.stdout)
-        assert report == json.loads((self.directory / "report.json").read_text())
-        self._pids.append(report["target"]["pid"])
-        return dict(report)
-
-    def end(self) -> None:
-        for pid in filter(is_running, self._pids):
-            assert processes.end(reversed(processes.tree_of(pid))) == []
-
-
-@pytest.fixture
-def trim(dynacut: Dynacut, tmp_path: Path) -> Iterator[Trims]:
-    trims = Trims(dynacut, tmp_path / "trim")
-    try:
-        yield trims
-    finally:
-        trims.end()
-
-
-def ended(pid: int) -> int:
-    """The status of a child that ends by itself: exit status, or minus the signal."""
-    statuses: list[int] = []
-
-    def reaped() -> bool:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            statuses.append(os.waitstatus_to_exitcode(status))
-        return bool(found)
-
-    wait_until(reaped, f"the end of {pid}")
-    return statuses[0]
-
-
-def assert_trimmed(report: dict[str, Any], share: float = 0.9) -> None:
-    """At least so much of the start-up code is gone, and what is not is accounted for."""
-    (module,) = report["modules"]
-    startup, removed = module["startup"]["blocks"], module["removed"]["blocks"]
-    assert removed >= share * startup
-    assert removed + module["learned"]["blocks"] + module["standing"]["blocks"] >= startup
-    assert module["gadgets"]["after"] < module["gadgets"]["before"]
-    assert report["hits"] <= 0.01 * removed
-
-
-# The small program.
 
 
 def ask(port: int, line: str) -> str:
@@ -383,121 +319,6 @@ def text_of(pid: int, program: Path) -> bytes:
                 memory.seek(start)
                 return memory.read(end - start)
     raise AssertionError(f"{pid} has no code of {program}")
-
-
-# Servers. What is removed goes on learning: what their state makes them do only later (redis numbers its clients, in a
-# tree whose shape depends on the numbers) is not to fail a test. bench/trim.py removes for good.
-
-
-def brought_back(dynacut: Dynacut, report: dict[str, Any]) -> int:
-    """How many of the removed blocks were needed after all since the report; few."""
-    learned = dynacut.json("live", "--tree", "--pid", report["target"]["pid"], "--learned")["learned"]
-    (module,) = report["modules"]
-    assert module["removed"]["blocks"] - len(learned) >= 0.9 * module["startup"]["blocks"]
-    return len(learned)
-
-
-def answers(port: int) -> bool:
-    """Whether a redis-server answers there."""
-    asked = subprocess.run(["redis-cli", "-p", str(port), "ping"], capture_output=True, check=False)
-    return b"PONG" in asked.stdout
-
-
-def rate(port: int, test: str) -> float:
-    """Requests per second that redis-benchmark sees."""
-    done = subprocess.run(
-        ["redis-benchmark", "-p", str(port), "-n", "20000", "-t", test, "--csv"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    return float(done.stdout.splitlines()[-1].split(",")[1].strip('"'))
-
-
-@pytest.mark.slow
-def test_redis_serves_its_whole_benchmark(trim: Trims, dynacut: Dynacut, tmp_path: Path) -> None:
-    the_criu()
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
-    port, other = free_port(), free_port()
-    # What redis's replicationCron does every tenth time, once in ten seconds, it is to do every time.
-    options = ("--save", "", "--dir", str(tmp_path), "--repl-ping-replica-period", "1")
-    work = f"redis-benchmark -p {port} -n 300 -q"
-    save = f"redis-cli -p {port} bgsave && until redis-cli -p {port} info | grep -q in_progress:0; do sleep 0.05; done"
-    passes = ("--passes", "5", "--quiet-passes", "2", "--idle", "0.1", "--linger", "6", "--on-hit", "learn")
-    command = ("redis-server", "--port", str(port), *options)
-    report = trim("--ready-port", port, "--workload", work, "--serve", save, *passes, "--", *command)
-    assert_trimmed(report)
-    pid = report["target"]["pid"]
-    subprocess.run(work.split(), check=True, capture_output=True, timeout=120)
-    with subprocess.Popen(["redis-server", "--port", str(other), *options], stdout=subprocess.DEVNULL) as untouched:
-        wait_until(lambda: answers(other), "the untouched redis")
-        pairs = [(rate(port, "get"), rate(other, "get")) for _ in range(3)]
-        untouched.terminate()
-    assert brought_back(dynacut, report) < 100
-    assert max(one for one, _ in pairs) > 0.5 * max(both for _, both in pairs), pairs  # figures: bench/trim.py
-    os.kill(pid, signal.SIGTERM)
-    assert ended(pid) == 0
-    assert "bye bye" in (trim.directory / "output.log").read_text()
-
-
-def command_of(server: Server) -> list[str]:
-    """Its command line, with its port and files; the server itself is ended."""
-    command: list[str] = server._process.args  # type: ignore[union-attr, assignment]
-    server.end()
-    return command
-
-
-@pytest.mark.slow
-def test_nginx_serves_reloads_and_ends(nginx: Nginx, trim: Trims, dynacut: Dynacut) -> None:
-    """The master and its workers, by way of a checkpoint; reload and graceful shutdown were traced."""
-    the_criu()
-    port, command = nginx.port, command_of(nginx)
-    work = f"{sys.executable} {WORKLOAD} {port} --reload $DYNACUT_PID"
-    report = trim(
-        *("--ready-port", port, "--workload", work, "--shutdown", "kill -QUIT $DYNACUT_PID"),
-        *(
-            "--passes",
-            "8",
-            "--quiet-passes",
-            "2",
-            "--idle",
-            "0.2",
-            "--linger",
-            "0",
-            "--on-hit",
-            "learn",
-            "--",
-            *command,
-        ),
-    )
-    assert_trimmed(report)
-    pid = report["target"]["pid"]
-    requests(port)
-    reload(pid)
-    requests(port)
-    assert brought_back(dynacut, report) < 100
-    os.kill(pid, signal.SIGQUIT)
-    assert ended(pid) == 0
-
-
-@pytest.mark.slow
-def test_lighttpd_serves_and_ends(lighttpd: Lighttpd, trim: Trims, dynacut: Dynacut) -> None:
-    """In the running process."""
-    port, command = lighttpd.port, command_of(lighttpd)
-    work = f"{sys.executable} {WORKLOAD} {port}"
-    how = ("--live", "--quiet-passes", "2", "--idle", "0.2", "--linger", "2", "--on-hit", "learn")
-    report = trim(*how, "--ready-port", port, "--workload", work, "--", *command)
-    assert_trimmed(report)
-    pid = report["target"]["pid"]
-    requests(port)
-    # With a connection left, an untouched lighttpd ends with 1 as well, and by other code than was traced here.
-    wait_until(lambda: len(psutil.Process(pid).net_connections("tcp")) == 1, "the end of all connections")
-    assert brought_back(dynacut, report) < 100
-    os.kill(pid, signal.SIGTERM)
-    assert ended(pid) == 0
-    assert "server stopped by UID" in (trim.directory / "output.log").read_text().splitlines()[-1]
 
 
 # What is refused.
