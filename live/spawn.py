@@ -82,7 +82,7 @@ class HeldProgram:
             if ended:
                 self._held = False
                 raise DynacutError("the program ended before its own code began", "start it by hand to see why")
-            if _instruction_pointer(self.pid) in range(self.entry, self.entry + 2):
+            if self._is_at_entry(_instruction_pointer(self.pid)):
                 process.refresh()
                 return
             time.sleep(0.001)
@@ -100,10 +100,21 @@ class HeldProgram:
         with prompt_stops():
             remote = Remote(process, StopClock(), time.monotonic() + _RELEASE_TIMEOUT)
             remote.keep_alive(found.region if found else None)
-            with Tracee(self.pid) as tracee:
-                tracee.interrupt(_RELEASE_TIMEOUT)
-                process.write(self.entry, self.original)
+            while not self._put_back(process):
+                time.sleep(0.001)
         self._held = False
+
+    def _put_back(self, process: Process) -> bool:
+        """Gives the entry point its bytes back if the thread is there, and so has come to the end of every stub."""
+        with Tracee(self.pid) as tracee:
+            tracee.interrupt(_RELEASE_TIMEOUT)
+            is_there = self._is_at_entry(tracee.registers["rip"])
+            if is_there:
+                process.write(self.entry, self.original)
+        return is_there
+
+    def _is_at_entry(self, rip: int) -> bool:
+        return self.entry <= rip < self.entry + len(_JUMP_TO_ITSELF)
 
 
 def _start(command: Sequence[str], output: Path | None) -> int:
