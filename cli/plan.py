@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynacut.cli import plan_startup
+from dynacut.cli.arguments import count, seconds
 from dynacut.cli.console import print_json
 from dynacut.cli.plan_shown import Findings, document, print_findings
 from dynacut.cli.plan_startup import read_union, usage, write_plan
@@ -48,8 +49,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     trial.add_argument("--tree", action="store_true", help="with all its descendants")
     trial.add_argument("--probe-unwanted", action="append", default=[], metavar="CMD", help="succeeds; shall fail")
     trial.add_argument("--probe-wanted", action="append", default=[], metavar="CMD", help="succeeds; shall go on so")
-    trial.add_argument("--probe-timeout", type=float, default=5.0, metavar="S", help="for each probe (default: 5)")
-    trial.add_argument("--trials", type=int, default=20, metavar="N", help="ways to try at most (default: 20)")
+    trial.add_argument("--probe-timeout", type=seconds, default=5.0, metavar="S", help="for each probe (default: 5)")
+    trial.add_argument("--trials", type=count, default=20, metavar="N", help="ways to try at most (default: 20)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.cli.arguments import count
 from dynacut.cli.compare.ways import Settings, Way, why_not
 from dynacut.cli.console import print_json, print_table, warn
 from dynacut.cli.steps import Steps
@@ -40,7 +41,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", type=int, metavar="P", help="a running process, root of its tree")
     parser.add_argument("--ways", type=_ways, metavar="W,…", help="of live, gdb, checkpoint (default: all there are)")
     parser.add_argument("--yes", action="store_true", help="with --pid: do not ask whether to begin")
-    parser.add_argument("--repeat", type=_repeat, default=3, metavar="N", help="turns of each way (default: 3)")
+    parser.add_argument("--repeat", type=count, default=3, metavar="N", help="turns of each way (default: 3)")
     probes = parser.add_argument_group("what clients ask (default: found by looking where the process listens)")
     one = probes.add_mutually_exclusive_group()
     one.add_argument("--probe", dest="asked", type=_command, metavar="CMD", help="a command; status 0: it serves")
@@ -205,12 +206,6 @@ def _ways(text: str) -> list[Way]:
         return list(dict.fromkeys(Way(word.strip()) for word in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"of {', '.join(Way)}, separated by commas") from None
-
-
-def _repeat(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 1000:
-        raise argparse.ArgumentTypeError("a number from 1 to 1000")
-    return int(text)
 
 
 # The probes are not there before one is asked for: what they need of HTTP takes 30 ms to import.

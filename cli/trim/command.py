@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.cli.arguments import count, pause, seconds, tcp_port
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
@@ -55,7 +56,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", type=int, metavar="P", help="a service that runs already; needs --init")
     parser.add_argument("--live", action="store_true", help="change the running process, without a checkpoint")
     phases = parser.add_argument_group("phases")
-    phases.add_argument("--ready-port", type=int, metavar="N", help="start-up ends when TCP port N answers")
+    phases.add_argument("--ready-port", type=tcp_port, metavar="N", help="start-up ends when TCP port N answers")
     phases.add_argument("--ready-log", metavar="REGEX", help="… when the program's output has this")
     phases.add_argument("--workload", action="append", metavar="CMD", help="shell command; must succeed (repeatable)")
     phases.add_argument("--serve", action="append", default=[], metavar="CMD", help="of other phases, such as a reload")
@@ -68,19 +69,19 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     phases.add_argument("--init", nargs="+", type=Path, default=[], metavar="F", help="with --pid: logs of start-up")
     phases.add_argument("--serving", nargs="+", type=Path, default=[], metavar="F", help="coverage of further phases")
-    phases.add_argument("--passes", type=_count, default=30, metavar="N", help="of the workload at most (default: 30)")
+    phases.add_argument("--passes", type=count, default=30, metavar="N", help="of the workload at most (default: 30)")
     phases.add_argument(
-        "--quiet-passes", type=_count, default=3, metavar="N", help="that bring nothing new (default: 3)"
+        "--quiet-passes", type=count, default=3, metavar="N", help="that bring nothing new (default: 3)"
     )
-    phases.add_argument("--idle", type=float, default=1.0, metavar="S", help="wait after each pass (default: 1)")
+    phases.add_argument("--idle", type=pause, default=1.0, metavar="S", help="wait after each pass (default: 1)")
     phases.add_argument(
         "--linger",
-        type=float,
+        type=pause,
         default=12.0,
         metavar="S",
         help="then leave the service to its timers for S seconds (default: 12)",
     )
-    phases.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for each command (default: 300)")
+    phases.add_argument("--timeout", type=seconds, default=300.0, metavar="S", help="for each command (default: 300)")
     what = parser.add_argument_group("what to remove, and how")
     what.add_argument("--module", action="append", default=[], metavar="M", help="of this (default: the executable)")
     what.add_argument("--on-hit", default="terminate", metavar="ACTION", help=f"{ON_HIT_SYNTAX} (default: terminate)")
@@ -231,13 +232,6 @@ def _step(trim: Trim, name: str, title: str, *, quiet: bool) -> None:
     text = f"{title}: {_TITLES[name]} ({', '.join([*numbers, suffix])})"
     trim.tracer.tell("")
     print(f"\r{printable(text)}" if sys.stderr.isatty() else printable(text), file=sys.stderr, flush=True)
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("a number from 1 on")
-    return number
 
 
 def _usage(problem: str) -> DynacutError:
