@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dynacut.live.proc import task_status, thread_ids
 from dynacut.offline import processes
 from dynacut.offline.checkpoint import checkpoint
 from dynacut.offline.criu import Criu
@@ -21,6 +22,7 @@ from dynacut.offline.images.pages import PARENT, Extent, Pages
 from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.target import SIGTRAP
 
 from .checkpoints import job, reaping, shell_job, the_criu
 from .conftest import Dynacut
@@ -322,3 +324,42 @@ def test_the_pid_file_cannot_be_written(criu: Criu, dynacut: Dynacut, tmp_path: 
         assert done.returncode == 3
         assert f"process {pid} runs again, but" in done.stderr
         assert is_running(pid)
+
+
+def _masks(pid: int) -> dict[int, int]:
+    """The signal mask of each thread."""
+    return {tid: task_status(pid, tid).blocked for tid in thread_ids(pid)}
+
+
+def _being_made(masks: dict[int, int]) -> list[int]:
+    """Threads amid pthread_create: only then glibc blocks its own signal 32 as well."""
+    return [tid for tid, mask in masks.items() if mask >> 31 & 1]
+
+
+def _traps_blocked(masks: dict[int, int]) -> list[int]:
+    return [tid for tid, mask in masks.items() if mask >> (SIGTRAP - 1) & 1]
+
+
+@pytest.mark.usefixtures("criu")
+@pytest.mark.parametrize("where", ["in the process", "in the image"])
+def test_a_live_undo_after_a_restore_puts_the_masks_back(
+    redis: Redis, dynacut: Dynacut, tmp_path: Path, where: str
+) -> None:
+    """A thread of redis's allocator blocks all signals."""
+    what = ("--disable", "setCommand", "--on-hit", "redirect=readonlyCommand", "--as", "set")
+    image, changed = tmp_path / "image", tmp_path / "changed"
+    wait_until(lambda: not _being_made(_masks(redis.pid)), "all threads to be made")
+    before = _masks(redis.pid)
+    assert _traps_blocked(before)
+    if where == "in the process":
+        dynacut.json("live", "--pid", redis.pid, *what)
+    with reaping([redis.pid]):
+        dynacut.json("checkpoint", "--pid", redis.pid, image)
+    if where == "in the image":
+        dynacut.json("offline", image, *what, "-o", changed)
+    dynacut.json("restore", changed if where == "in the image" else image)
+    assert not _traps_blocked(_masks(redis.pid))
+    assert redis.command("SET", "key", "value") != "OK"
+    dynacut.json("live", "--pid", redis.pid, "--undo")
+    assert _masks(redis.pid) == before
+    assert redis.command("SET", "key", "value") == "OK"
