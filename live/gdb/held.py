@@ -27,7 +27,7 @@ ReadFile = Callable[[str], bytes]
 _REGISTERS = ("rax", "rcx", "rdx", "rsi", "rdi", "rsp", "r8", "r9", "r10", "r11", "rip", "orig_rax", "fs_base")
 _INT3 = 0xCC
 _SI_KERNEL = 0x80  # what an int3's SIGTRAP has for a code (asm/siginfo.h)
-_PAUSE = 0.002
+PAUSE = 0.002
 _STOP_TIMEOUT = 0.5
 _SIGSTOP_BIT = 1 << (signal.SIGSTOP - 1)
 
@@ -156,7 +156,7 @@ class Held:
                         f"gdb cannot attach to {self.label}: {error}",
                         "see whether the process is still there, and no other debugger holds it",
                     )
-                time.sleep(_PAUSE)
+                time.sleep(PAUSE)
             self.look()
         except BaseException:
             self.abandon()
@@ -197,7 +197,7 @@ class Held:
                     f"thread {asleep[0]} of {self.label} sleeps uninterruptibly, as a parent after vfork does",
                     "nothing was changed; try again when it goes on, or with a longer --timeout",
                 )
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
 
     def adopt(self) -> None:
         """Takes over a process that gdb holds already: the one that a gdbserver had when gdb connected to it."""
@@ -282,7 +282,7 @@ class Held:
                 status=ExitStatus.UNKNOWN,
             )
 
-    def pause(self, otherwise: DynacutError) -> None:
+    def pause(self, otherwise: DynacutError, seconds: float = PAUSE) -> None:
         """Lets the process run for a moment and holds it again.
 
         Raises:
@@ -291,7 +291,7 @@ class Held:
         if time.monotonic() > self.deadline:
             raise otherwise
         self.release()
-        time.sleep(_PAUSE)
+        time.sleep(seconds)
         self.hold()
 
     def extend_deadline(self, seconds: float) -> None:
@@ -345,7 +345,7 @@ class Held:
                     status = task_status(self.process.pid, tid)
                     if status.state == "T" or status.thread_pending & _SIGSTOP_BIT:
                         os.kill(self.process.pid, signal.SIGCONT)
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
 
     def _put_back_before_int3(self, thread: HeldThread) -> None:
         rip = thread.registers["rip"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynacut.live.gdb.held import Held, HeldThread
+from dynacut.live.gdb.held import PAUSE, Held, HeldThread
 from dynacut.live.resumption import in_syscall, resumption
 from dynacut.live.stub import Stub, restoring_tail
 from dynacut.shared.dynamic import Dynamic
@@ -22,6 +22,7 @@ from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 _RSEQ_CS_OFFSET = 8
+_LONGEST_PAUSE = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def shoot(held: Held, shots: Sequence[Shot]) -> None:
         DynacutError: a thread is at no safe place until the deadline, or does not come to the stub's end (UNKNOWN).
     """
     waiting, sent = list(shots), list[Shot]()
+    pause = PAUSE
     while waiting or sent:
         for shot in list(waiting):
             thread = _safe_thread(held, shot.tid)
@@ -50,7 +52,9 @@ def shoot(held: Held, shots: Sequence[Shot]) -> None:
                 _send(held, thread, shot)
                 waiting.remove(shot)
                 sent.append(shot)
-        held.pause(_unfinished(held, sent[0]) if sent else _not_stopped(held))
+        held.pause(_unfinished(held, sent[0]) if sent else _not_stopped(held), pause)
+        # On a busy machine a thread that is let go gets no processor for a while, and would be held again before that.
+        pause = min(2 * pause, _LONGEST_PAUSE)
         sent = [shot for shot in sent if not shot.done() and not _has_ended(held, shot)]
         waiting = [shot for shot in waiting if not _has_ended(held, shot)]
 
