@@ -14,6 +14,7 @@ from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, Scope, load
 from dynacut.shared.report import SCHEMA
+from dynacut.shared.whole_file import write_whole
 
 if TYPE_CHECKING:
     from dynacut.shared.coverage import Coverage
@@ -142,10 +143,8 @@ def write_plan(path: Path, plan: Plan, comments: Sequence[str]) -> None:
         DynacutError: it cannot be written.
     """
     text = "".join(f"# {printable(comment)}\n" for comment in comments) + plan.to_toml()
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise DynacutError(f"{path} cannot be written: {error.strerror}", "check the folder and its space") from None
 

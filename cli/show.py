@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dynacut.cli.console import print_json, print_table, warn
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.report import SCHEMA
+from dynacut.shared.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -313,6 +314,6 @@ def _data(picture: Picture, colours: list[str]) -> dict[str, Any]:
 def write_page(path: Path, text: str) -> None:
     """Writes a page, or another text; DynacutError if it cannot be written."""
     try:
-        path.write_text(text, "utf-8")
+        write_whole(path, text.encode())
     except OSError as error:
         raise DynacutError(f"{path} cannot be written: {error.strerror}", "check the folder and its space") from None

@@ -125,6 +125,16 @@ static long copy(uint64_t address, const uint8_t *bytes, uint64_t length)
 	return result == (long)length ? 0 : result < 0 ? result : -EFAULT;
 }
 
+/* Whether an open file is the process's own memory. In a chroot, anything may lie where /proc should. */
+static bool is_own_memory(long file)
+{
+	const uint8_t one = 1;
+	volatile uint8_t mark = 0;
+
+	system_call(__NR_pwrite64, file, (long)&one, 1, (long)&mark);
+	return mark == 1;
+}
+
 /* Writes over the target's own code. /proc/self/mem leaves the protection as it is; where there is no /proc, or it
  * belongs to somebody else (a process that changed its uid), the page is made writable for a moment. */
 static bool write_text(uint64_t address, const uint8_t *bytes, uint32_t length)
@@ -138,6 +148,9 @@ static bool write_text(uint64_t address, const uint8_t *bytes, uint32_t length)
 		bool written = (length == 1 || system_call(__NR_pwrite64, file, (long)(bytes + 1), length - 1,
 							  (long)(address + 1)) == (long)length - 1) &&
 			       system_call(__NR_pwrite64, file, (long)bytes, 1, (long)address) == 1;
+		/* Still int3: the patcher has just armed it again, or nothing was written here. */
+		if (written && byte_at(address) == INT3)
+			written = is_own_memory(file);
 		system_call(__NR_close, file, 0, 0, 0);
 		if (written)
 			return true;

@@ -22,7 +22,9 @@ def read_mappings(pid: int) -> tuple[Mapping, ...]:
 def parse_mappings(maps: bytes) -> tuple[Mapping, ...]:
     """The VMAs that the contents of a maps file tell of, ascending."""
     mappings = []
-    for line in maps.splitlines():
+    for line in maps.split(b"\n"):  # the kernel escapes no other end of a line: a path may hold \r
+        if not line:
+            continue
         addresses, permissions, offset, _, inode, *path = line.split(maxsplit=5)
         start, end = addresses.split(b"-")
         mappings.append(
@@ -77,8 +79,8 @@ def task_status(pid: int, tid: int | None = None) -> TaskStatus:
 def parse_status(status: bytes) -> TaskStatus:
     """What the contents of a status file tell."""
     fields: dict[str, str] = {}
-    for line in status.decode(errors="replace").splitlines():
-        key, _, content = line.partition(":")
+    for line in status.split(b"\n"):  # a thread may call itself "x\fState:Z", where only \n is escaped
+        key, _, content = line.decode(errors="replace").partition(":")
         fields.setdefault(key, content.strip())
 
     def signals(key: str) -> int:

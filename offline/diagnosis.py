@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dynacut.offline.criu import find_criu
@@ -17,7 +18,7 @@ def diagnose() -> list[Finding]:
     """All that `dynacut checkpoint` and `restore` need; rewriting images needs none of it."""
     return [
         *_criu(),
-        _kernel_cache(Path("/proc/self/mountinfo").read_text()),
+        _kernel_cache(os.fsdecode(Path("/proc/self/mountinfo").read_bytes())),
         capability("CAP_SYS_ADMIN", Area.CHECKPOINT, "CRIU can neither dump nor restore", _ELSEWHERE),
         capability("CAP_SYS_RESOURCE", Area.CHECKPOINT, "only root's own processes can be dumped", _ELSEWHERE),
         capability("CAP_CHECKPOINT_RESTORE", Area.CHECKPOINT, "CRIU then needs CAP_SYS_ADMIN", _ELSEWHERE),
@@ -51,7 +52,7 @@ def _network_lock(lock: str) -> Finding:
 def _kernel_cache(mountinfo: str) -> Finding:
     """mountinfo: the contents of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
     name = "CRIU's kernel cache"
-    kinds = {line.split()[4]: line.partition(" - ")[2].split()[0] for line in mountinfo.splitlines()}
+    kinds = {line.split()[4]: line.partition(" - ")[2].split()[0] for line in mountinfo.split("\n") if line}
     kind = kinds.get(_CACHE_PLACE, "no mount")
     if kind == "tmpfs":
         return Finding(name, Area.CHECKPOINT, State.OK, f"{_CACHE_PLACE}, {kind}")

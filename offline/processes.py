@@ -28,7 +28,7 @@ def status_of(pid: int, tid: int | None = None) -> dict[str, str]:
         OSError: it is gone.
     """
     folder = f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
-    lines = Path(folder, "status").read_text(errors="replace").splitlines()
+    lines = Path(folder, "status").read_bytes().decode(errors="replace").split("\n")  # see live/proc.py
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from dynacut.shared.coverage import UNKNOWN_PATH, Coverage, CoveredModule
 from dynacut.shared.drcov_text import BEGINNINGS, Header, LogReader, ModuleRow, read_header, text_blocks
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.whole_file import write_whole
 
 SIZE_LIMIT = 256 << 20
 """The largest log that is read, in bytes."""
@@ -235,19 +236,9 @@ def write(path: Path, coverage: Coverage, extents: Mapping[str, tuple[int, int]]
     drcov cannot hold the coverage: 65535 modules, offsets below 4 GiB.
     """
     data = _packed(coverage, extents or {})
-    target = _target(path)
-    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}.{os.urandom(4).hex()}")
+    _target(path)
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o666)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            temporary.rename(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        write_whole(path, data)
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
 
@@ -266,7 +257,7 @@ def _target(path: Path) -> Path:
     try:
         target = Path(os.path.realpath(path))
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(target.stat().st_mode):
+            if not stat.S_ISREG(path.stat().st_mode):
                 raise DynacutError(f"{path} is not a regular file", "write the log to a file")
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error

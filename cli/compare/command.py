@@ -175,11 +175,9 @@ def _report(arguments: argparse.Namespace, settings: Settings, results: Results)
         warn(line)
     if arguments.html is not None:
         from dynacut.cli.compare.page import page_of
+        from dynacut.cli.show import write_page
 
-        try:
-            arguments.html.write_text(page_of(document), "utf-8")
-        except OSError as error:
-            raise DynacutError(f"{arguments.html} cannot be written: {error.strerror}") from None
+        write_page(arguments.html, page_of(document))
     if arguments.json:
         print_json(document)
     elif not arguments.quiet:

@@ -150,11 +150,11 @@ def memory_of(pids: Sequence[int]) -> Memory:
 def _mappings_of(pid: int) -> Iterator[tuple[int, dict[str, int]]]:
     """The start of each mapping and its fields in kB, in bytes."""
     try:
-        lines = Path(f"/proc/{pid}/smaps").read_bytes().splitlines()
+        lines = Path(f"/proc/{pid}/smaps").read_bytes().split(b"\n")
     except OSError as error:
         raise DynacutError(f"the memory of process {pid} cannot be looked at: {error.strerror}") from None
     start, fields = 0, dict[str, int]()
-    for line in lines:
+    for line in filter(None, lines):
         words = line.split()
         if not words[0].endswith(b":"):
             if fields:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.whole_file import write_whole
 
 _FORMAT = 1
 _NAME = "state.json"
@@ -95,10 +96,8 @@ class State:
     def _write(self) -> None:
         document = {"format": _FORMAT, "request": self._request, "process": self._process, "steps": self._steps}
         document["notes"] = self._notes
-        temporary = self._path.with_suffix(".new")
         try:
-            temporary.write_text(json.dumps(document, indent=2) + "\n")
-            temporary.replace(self._path)
+            write_whole(self._path, (json.dumps(document, indent=2) + "\n").encode())
         except OSError as error:
             raise DynacutError(
                 f"{self._path} cannot be written: {error.strerror}", "check the folder's space"

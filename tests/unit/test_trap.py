@@ -299,6 +299,20 @@ def test_learn_puts_the_bytes_back_and_goes_on(program: Program, memory: str, le
     assert program.hits() == [1]  # the second call met the original code
 
 
+def test_learn_sees_that_a_plain_file_in_a_chroot_is_not_its_memory(program: Program, tmp_path: Path) -> None:
+    site = program.site("steps", Action.LEARN, length=15)
+    program.plant(site)
+    memory = tmp_path / "jail" / "proc" / "self" / "mem"
+    memory.parent.mkdir(parents=True)
+    memory.touch(0o666)
+    if program.ask(f"jail {tmp_path / 'jail'}") != "ok":
+        pytest.skip("neither root nor allowed to make a user namespace")
+    assert program.call(site.address, 100) == 107
+    assert memory.stat().st_size > site.address
+    assert program.peek(site.address, 15) == site.old
+    assert program.hits() == [1]
+
+
 @pytest.mark.parametrize("memory", ["proc", "mprotect"])
 def test_learn_puts_a_whole_block_back_when_it_is_entered_in_its_midst(program: Program, memory: str) -> None:
     site = program.site("steps", Action.LEARN, length=15)

@@ -183,6 +183,11 @@ static void run(char *line)
 		struct rlimit none = { 0, 0 };
 		setrlimit(RLIMIT_NOFILE, &none);
 		puts("ok");
+	} else if (sscanf(line, "jail %4095s", hex) == 1) {
+		if (geteuid() != 0 && unshare(CLONE_NEWUSER) != 0)
+			puts("denied");
+		else
+			puts(chroot(hex) == 0 ? "ok" : "denied");
 	} else if (sscanf(line, "direct %lx %ld", &a, &b) == 2) {
 		/* The handler, called with the context of a trap that lies back: rip and si_code as told. */
 		static uint64_t stack[2] = { 0x1234, 0x5678 };
