@@ -99,7 +99,6 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     _check_usage(arguments, command)
     from dynacut.cli.trim.report import print_report, write_report
-    from dynacut.cli.trim.service import end
     from dynacut.cli.trim.state import State
     from dynacut.offline.processes import become_subreaper, require_root
 
@@ -109,15 +108,15 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     state = State(arguments.directory, _request(arguments, command))
     names = _LIVE if arguments.live else _BY_CHECKPOINT
     if state.details(names[-1]) is None:
-        _end_leftover(state)
+        # The instance of a trim that was killed would be in the way of the next one's.
+        end_recorded(state, ", of the trim that was interrupted, is ended")
     with Steps(shown=not arguments.quiet) as steps:
         trim = _trim(arguments, command, state, steps.tell)
         _do(trim, names, quiet=arguments.quiet)
         steps.tell("drawing the report")
         report = write_report(trim, names)
-    if arguments.end and (process := state.process) is not None:
-        end(process[0])
-        state.process = None
+    if arguments.end:
+        end_recorded(state)
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
@@ -155,15 +154,16 @@ def _request(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any
     return {"command": command, **{name: getattr(arguments, name) for name in names}, **logs}
 
 
-def _end_leftover(state: State) -> None:
-    """Ends the instance of a trim that was killed: it would be in the way of the next one's."""
+def end_recorded(state: State, warning: str = "") -> None:
+    """Ends the instance that the state tells of, but no later process of the same pid."""
     from dynacut.cli.trim.service import end
     from dynacut.offline.processes import start_time
 
     if (process := state.process) is not None:
         pid, started = process
         if start_time(pid) == started:
-            warn(f"process {pid}, of the trim that was interrupted, is ended")
+            if warning:
+                warn(f"process {pid}{warning}")
             end(pid)
         state.process = None
 

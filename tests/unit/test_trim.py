@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from dynacut.cli.trim.command import end_recorded
 from dynacut.cli.trim.service import Service
 from dynacut.cli.trim.state import State
+from dynacut.offline.processes import start_time
 from dynacut.shared.coverage import Coverage
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import OnHit
@@ -39,6 +42,20 @@ def test_a_state_remembers_what_is_done(tmp_path: Path) -> None:
     assert (latest.details("trace"), latest.details("plan")) == (None, {})
     again.process = None
     assert State(tmp_path / "trim", REQUEST).process is None
+
+
+def test_only_the_instance_itself_is_ended_not_who_got_its_pid_later(tmp_path: Path) -> None:
+    state = State(tmp_path / "trim", REQUEST)
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        started = start_time(child.pid)
+        assert started is not None
+        state.process = (child.pid, started - 1)
+        end_recorded(state)
+        assert (state.process, child.poll()) == (None, None)
+        state.process = (child.pid, started)
+        end_recorded(state)
+        assert state.process is None
+        child.wait(timeout=10)
 
 
 def test_a_directory_serves_one_request(tmp_path: Path) -> None:
