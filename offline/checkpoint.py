@@ -16,6 +16,7 @@ from dynacut.offline.dumpable import admit
 from dynacut.offline.stats import DumpStats, read_dump_stats
 from dynacut.offline.wanted_options import Wanted, look
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.private_folder import private_folder
 from dynacut.shared.target import PAGE_SIZE
 
 Progress = Callable[[str], None]
@@ -170,19 +171,8 @@ def size_of(directory: Path) -> int:
 def _prepare(directory: Path) -> None:
     """Makes the directory. What is in an image is as secret as the memory of the process."""
     advice = "give a new or empty directory"
-    try:
-        directory.mkdir(mode=0o700)
-        return
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise DynacutError(f"{directory} cannot be made: {error.strerror}", "give another directory") from None
-    if not directory.is_dir():
-        raise DynacutError(f"{directory} is no directory", advice)
-    status = directory.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise DynacutError(f"{directory} belongs to, or can be written by, others, who could change the image", advice)
-    if any(entry.name != LOG_NAME for entry in directory.iterdir()):
+    is_new = private_folder(directory, advice, "change the image")
+    if not is_new and any(entry.name != LOG_NAME for entry in directory.iterdir()):
         raise DynacutError(f"{directory} is not empty", advice)
 
 

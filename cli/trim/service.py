@@ -18,6 +18,7 @@ PID_VARIABLE = "DYNACUT_PID"
 """Tells the commands of the workload which process they work on: for a reload by signal."""
 _POLL = 0.02
 _SHOWN_LINES = 8
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Service:
             DynacutError: it cannot be executed, has ended, or is not ready in time; nothing of it is left.
         """
         seen = self.log_size()
-        log = (os.POSIX_SPAWN_OPEN, 1, str(self.output), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        log = (os.POSIX_SPAWN_OPEN, 1, str(self.output), _APPEND, 0o600)
         no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
         both = (os.POSIX_SPAWN_DUP2, 1, 2)
         try:
@@ -116,7 +117,13 @@ class Service:
 
     def _run(self, command: str, pid: int) -> None:
         log = self.directory / "workload.log"
-        with log.open("ab") as output:
+        try:
+            descriptor = os.open(log, _APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DynacutError(
+                f"{log} cannot be written: {error.strerror}", "remove it, or give a new -o DIR"
+            ) from None
+        with os.fdopen(descriptor, "ab") as output:
             output.write(f"$ {command}\n".encode(errors="surrogateescape"))
             output.flush()
             try:

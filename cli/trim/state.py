@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.private_folder import private_folder
 from dynacut.shared.whole_file import write_whole
 
 _FORMAT = 1
@@ -23,20 +24,21 @@ class State:
         request: what was asked for, as JSON has it; a directory serves one request.
 
         Raises:
-            DynacutError: the directory holds something else, or cannot be made.
+            DynacutError: the directory holds something else, cannot be made, or can be written by others.
         """
         self._path = directory / _NAME
         self._steps: dict[str, dict[str, Any]] = {}
         self._process: dict[str, int] | None = None
         self._notes: dict[str, Any] = {}
         self._request = json.loads(json.dumps(request))
+        advice = "give a new directory by -o DIR"
+        is_new = private_folder(directory, advice, "choose what is removed, and which process is ended")
         try:
-            directory.mkdir(mode=0o700, exist_ok=True)
             has_state = self._path.exists()
-            if not has_state and any(directory.iterdir()):
-                raise DynacutError(f"{directory} is not empty, and holds no trim", "give a new directory by -o DIR")
+            if not has_state and not is_new and any(directory.iterdir()):
+                raise DynacutError(f"{directory} is not empty, and holds no trim", advice)
         except OSError as error:
-            raise DynacutError(f"{directory} cannot be made: {error.strerror}", "give another by -o DIR") from None
+            raise DynacutError(f"{directory} cannot be looked at: {error.strerror}", advice) from None
         if has_state:
             self._read()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,10 +52,10 @@ def test_only_the_instance_itself_is_ended_not_who_got_its_pid_later(tmp_path: P
         assert started is not None
         state.process = (child.pid, started - 1)
         end_recorded(state)
-        assert (state.process, child.poll()) == (None, None)
+        assert child.poll() is None
         state.process = (child.pid, started)
         end_recorded(state)
-        assert state.process is None
+        assert State(tmp_path / "trim", REQUEST).process is None
         child.wait(timeout=10)
 
 
@@ -78,9 +79,40 @@ def test_other_directories_are_left_alone(tmp_path: Path) -> None:
         State(tmp_path, REQUEST)
     with pytest.raises(DynacutError, match="cannot be made"):
         State(tmp_path / "precious" / "trim", REQUEST)
-    with pytest.raises(DynacutError, match="cannot be made"):
+    with pytest.raises(DynacutError, match="is no directory"):
         State(tmp_path / "precious", REQUEST)
     assert [entry.name for entry in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_directory_that_others_can_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    directory = tmp_path / "trim"
+    State(directory, REQUEST)
+    directory.chmod(mode)
+    with pytest.raises(DynacutError, match="can be written by, others, who could choose what is removed"):
+        State(directory, REQUEST)
+    directory.chmod(0o755)
+    State(directory, REQUEST)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trim").mkdir(0o700)
+    os.chown(tmp_path / "trim", 12345, 12345)
+    with pytest.raises(DynacutError, match="belongs to, or"):
+        State(tmp_path / "trim", REQUEST)
+
+
+def test_logs_are_not_written_through_links(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("workload.log", "output.log"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(DynacutError, match=r"workload.log cannot be written: .* symbolic links"):
+        Service((), tmp_path, ("true",)).work(os.getpid())
+    with pytest.raises(DynacutError, match="cannot be executed"):
+        Service(("/bin/echo", "over"), tmp_path, (), ready_log="over").start()
+    assert victim.read_text() == "precious"
 
 
 def test_commands_know_the_process_and_fail_with_their_last_lines(tmp_path: Path) -> None:
