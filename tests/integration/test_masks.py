@@ -55,8 +55,11 @@ def test_threads_and_handlers_that_block_sigtrap_survive_hits_and_get_their_mask
     program: Start, dynacut: Dynacut
 ) -> None:
     target = program("fullmask")
-    before = _masks(target.pid)
     assert target.ask("masks") == "handler 1 thread 1"
+    wait_until(  # or a thread may still have the mask with which it begins
+        lambda: all(task_status(target.pid, tid).state == "S" for tid in thread_ids(target.pid)), "all threads wait"
+    )
+    before = _masks(target.pid)
     _deny(dynacut, target.pid)
     for _ in range(20):
         for where in ("signal", "blocked", "ppoll", "feature"):

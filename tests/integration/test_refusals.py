@@ -241,6 +241,7 @@ def test_a_stopped_process_stays_stopped(program: Start) -> None:
 def test_a_thread_id_is_no_process_id(program: Start) -> None:
     target = program("callers", 1)
     (thread,) = set(thread_ids(target.pid)) - {target.pid}
+    wait_until(lambda: not task_status(target.pid, thread).blocked, "the mask with which a thread begins is gone")
     with _untouched(target):
         says = f"{thread} is a thread of process {target.pid}"
         _refused("--pid", thread, *_DISABLE, says=says, advises=f"--pid {target.pid}")

@@ -76,7 +76,7 @@ def test_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_handler_that_was_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert finding(basis(), "handler").state is State.OK
     blob.handler_code.cache_clear()
-    monkeypatch.setattr(blob, "files", lambda _: tmp_path)
+    monkeypatch.setattr(blob, "__file__", str(tmp_path / "blob.py"))
     missing = finding(basis(), "handler")
     assert missing.state is State.MISSING and "pip install" in missing.mend
     assert not any(works([missing], area) for area in Area)
