@@ -16,8 +16,6 @@ from dynacut.cli.compare.results import Facts, Failure, Measured, Observed, Resu
 from dynacut.cli.compare.target import State, is_alive, memory_of, state_of, tree_of
 from dynacut.cli.compare.ways import Run, Settings, Step, Way, fill_caches, run_step
 from dynacut.cli.console import warn
-from dynacut.live.rehearsal import rehearsed
-from dynacut.offline.round_trip import check
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import load
 from dynacut.shared.resolve import disable
@@ -148,6 +146,8 @@ class Comparison:
 
     def _rehearse(self, pid: int) -> None:
         """Verifies the plan without a stop. Whether a way can be gone is another question, and each answers it."""
+        from dynacut.live.rehearsal import rehearsed
+
         plan = load(self._settings.plan).only(list(self._settings.features))
         try:
             with rehearsed(pid, lambda target, table: disable(plan, target, table, None), tree=True):
@@ -238,6 +238,8 @@ def _check_dumpable(pid: int) -> None:
     """Raises:
     _RefusedError: it can be seen already that the process cannot be dumped, or not be restored afterwards.
     """
+    from dynacut.offline.round_trip import check
+
     try:
         check(pid)
     except DynacutError as error:

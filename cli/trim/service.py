@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynacut.live.listening import is_listening
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 PID_VARIABLE = "DYNACUT_PID"
@@ -96,6 +95,8 @@ class Service:
 
     def _is_ready(self, seen: int) -> bool:
         if self.ready_port is not None:
+            from dynacut.live.listening import is_listening
+
             return is_listening(self.ready_port)
         if self.ready_log is None or not self.output.exists():
             return self.ready_log is None

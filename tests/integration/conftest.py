@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +26,6 @@ def _started(server: AnyServer) -> Iterator[AnyServer]:
         try:
             stack.enter_context(server)
         except ServerMissing as error:
-            if os.environ.get("CI") == "true":
-                pytest.fail(str(error), pytrace=False)
             pytest.skip(str(error))
         yield server
 

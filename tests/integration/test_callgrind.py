@@ -6,7 +6,6 @@ of how blocks are found here.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -129,8 +128,6 @@ def ask_http(server: HttpServer) -> None:
 @pytest.fixture(autouse=True)
 def valgrind() -> None:
     if shutil.which("valgrind") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("valgrind is not installed (Debian: apt-get install valgrind)", pytrace=False)
         pytest.skip("valgrind is not installed (Debian: apt-get install valgrind)")
 
 

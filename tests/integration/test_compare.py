@@ -362,7 +362,7 @@ def test_an_interruption_puts_everything_back(
     assert dynacut.json("live", "--pid", redis.pid)["features"] == []
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="this machine has no chromium to open the page with")
 def test_a_browser_shows_the_page(redis: Redis, dynacut: Dynacut, plan: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     dynacut.json("compare", "--plan", plan, "--pid", redis.pid, "--ways", "live", "--repeat", 1, "--html", page)

@@ -183,9 +183,9 @@ def test_a_kernel_thread() -> None:
     try:
         status = task_status(2)
     except FileNotFoundError:
-        pytest.skip("no kernel threads in this pid namespace")
+        pytest.skip("this pid namespace has no kernel threads")
     if status.name != "kthreadd":
-        pytest.skip("no kernel threads in this pid namespace")
+        pytest.skip("this pid namespace has no kernel threads")
     _refused("--pid", 2, *_DISABLE, says="process 2 (kthreadd) is a kernel thread")
 
 

@@ -291,7 +291,7 @@ def test_a_layer_of_the_depth_that_can_be_read_becomes_a_copy(tmp_path: Path) ->
 
 @pytest.mark.skipif(
     not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == Path("/tmp").stat().st_dev,
-    reason="there is no second file system",
+    reason="this machine has no second file system",
 )
 @ORIGINALS
 def test_another_file_system_gets_a_copy(tmp_path: Path, incremental: bool) -> None:

@@ -182,7 +182,7 @@ def test_a_sparse_pages_file_of_a_terabyte(tmp_path: Path, built_image: BuiltIma
     try:
         os.truncate(pages, pages.stat().st_size + (1 << 40))
     except OSError:
-        pytest.skip("the file system has no files of a terabyte")
+        pytest.skip("this file system has no files of a terabyte")
     entry = PagemapEntry(vaddr=1 << 30, compat_nr_pages=0, nr_pages=1 << 28, flags=PRESENT)
     with_pagemap(image, lambda messages: messages.insert(1, entry))
     started = time.process_time()

@@ -15,7 +15,7 @@ def test_a_port_counts_once_somebody_listens(family: socket.AddressFamily, addre
         try:
             server.bind((address, 0))
         except OSError:
-            pytest.skip(f"no {address} on this machine")
+            pytest.skip(f"this machine has no {address}")
         port = server.getsockname()[1]
         assert not is_listening(port)
         server.listen()
