@@ -67,11 +67,19 @@ def change(
     outcome = Outcome()
     with ExitStack() as stack:
         opened: dict[int, Process] = {}
-        for _ in range(_MAX_ROUNDS):
-            new = [each for each in (descendants(pid) if tree else [pid]) if each not in opened]
+        seen: set[int] = set()
+        """Those that are opened, and those that were passed over for good."""
+        for turn in range(_MAX_ROUNDS):
+            new = [each for each in (descendants(pid) if tree else [pid]) if each not in seen]
             if not new:
                 break
-            resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout, engine, dry_run=dry_run)
+            seen.update(new)
+            try:
+                resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout, engine, dry_run=dry_run)
+            except DynacutError as error:
+                if turn > 0:
+                    _blame(error, outcome)
+                raise
             for process, patcher, patches in resolved:
                 outcome.edits += len(patches.edits)
                 if not dry_run:
@@ -136,14 +144,16 @@ def _apply(patcher: Patching, patches: PatchSet, outcome: Outcome, process: Proc
             if outcome.changed:
                 return  # a child that ended meanwhile
             raise _ended(process) from None
-        if outcome.changed and error.status is ExitStatus.REFUSED:
-            error.status = ExitStatus.CHECK_FAILED
-            error.details = (
-                *error.details,
-                "other processes of the tree were changed already; --undo takes that back",
-            )
+        _blame(error, outcome)
         raise
     outcome.changed = outcome.changed or patches.changes
+
+
+def _blame(error: DynacutError, outcome: Outcome) -> None:
+    """Makes an error say that it is no refusal of the whole, where other processes have been changed before."""
+    if outcome.changed and error.status is ExitStatus.REFUSED:
+        error.status = ExitStatus.CHECK_FAILED
+        error.details = (*error.details, "other processes of the tree were changed already; --undo takes that back")
 
 
 def _ended(process: Process) -> DynacutError:

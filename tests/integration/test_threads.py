@@ -191,6 +191,21 @@ def test_a_tree_is_changed_as_one(program: Start, dynacut: Dynacut) -> None:
     assert target.ask("feature 3") == str(feature(3))
 
 
+def test_a_descendant_that_runs_another_program_is_left_alone(program: Start, dynacut: Dynacut) -> None:
+    target = program("forker")
+    child, other = int(target.ask("spawn")), int(target.ask("exec"))
+    wait_until(lambda: (waits := blocked_in(other, other)) is not None and waits.number == 230, "it sleeps")
+    before = Snapshot.of(other)
+    tree = ("live", "--pid", target.pid, "--tree")
+    for _ in range(2):
+        report = dynacut.json(*tree, "--disable", "feature", "--on-hit", "redirect=denied")
+        assert [process["pid"] for process in report["processes"]] == [target.pid, child]
+        assert (target.ask("each 3"), target.ask("feature 3")) == (str(DENIED), str(DENIED))
+        dynacut.json(*tree, "--undo")
+        assert (target.ask("each 3"), target.ask("feature 3")) == (str(feature(3)), str(feature(3)))
+    assert Snapshot.of(other) == before
+
+
 def test_a_zombie_in_a_tree_is_passed_over(dynacut: Dynacut) -> None:
     """Every busy server has a child now and then that has ended and is not yet reaped."""
     with subprocess.Popen(["sh", "-c", "true & exec sleep 1000"]) as parent:

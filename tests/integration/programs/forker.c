@@ -5,6 +5,7 @@
  *   feature 3 -> feature(3)
  *   fork 3  -> exit 0 result R | signal S       (a child that calls feature(3) and ends)
  *   spawn   -> PID                              (a child that stays)
+ *   exec    -> PID                              (a child that runs another program)
  *   each 3  -> R0 R1 ...                        (feature(3) of each child that stays, `gone` for one that ended)
  */
 #define _GNU_SOURCE
@@ -80,6 +81,20 @@ static void spawn(void)
 	printf("%d\n", (int)child);
 }
 
+static void execute(void)
+{
+	pid_t child = vfork(); /* back when the other program runs */
+
+	if (child < 0)
+		fail("vfork");
+	if (child == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		execlp("sleep", "sleep", "1000", (char *)NULL);
+		_exit(1);
+	}
+	printf("%d\n", (int)child);
+}
+
 static void each(long n)
 {
 	for (int i = 0; i < kept_count; i++) {
@@ -108,6 +123,8 @@ int main(void)
 			fork_once(number);
 		else if (strcmp(word, "spawn") == 0)
 			spawn();
+		else if (strcmp(word, "exec") == 0)
+			execute();
 		else if (strcmp(word, "each") == 0)
 			each(number);
 		else
