@@ -13,7 +13,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.blob import handler_code
@@ -44,10 +44,15 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.region import Region, find_region, is_our_handler, new_table, original_action, read_table
+from dynacut.shared.rollback import standing_edits
 from dynacut.shared.target import SIGTRAP
 
 _INT3 = 0xCC
 _HANDLER_STAYS = "all bytes are put back, the handler is still installed; run --undo again"
+
+_SOME_STAY = "some code could not be put back, and stays disabled with the handler; --undo takes it back"
+_TAKING_BACK = 3.0
+"""Seconds for stopping all threads to put bytes back after a failure."""
 
 
 def _not_seen(process: Process) -> DynacutError:
@@ -248,7 +253,14 @@ class Patcher:
         write_all(process, region, table.update((), ()))
 
     def _retreat(self, patches: PatchSet, error: DynacutError) -> None:
-        """After a failure, with no site patched: everything as before, or the error says that this is not known."""
+        """After a failure: everything as before, or the error says that this is not known.
+
+        Where bytes could not be put back, what their hits need stays as well.
+        """
+        if standing_edits(self.process, patches.edits):
+            error.status = ExitStatus.UNKNOWN
+            error.details = (*error.details, _SOME_STAY)
+            return
         try:
             found = find_region(self.process, self.magic)
             if found is None or found.table is None:
@@ -268,20 +280,45 @@ class Patcher:
             error.status = ExitStatus.UNKNOWN
 
     def _write(self, edits: Sequence[ByteEdit], frames: SignalFrames = NO_FRAMES) -> None:
-        """Writes edits: int3 bytes, there or back, while the process runs; the rest with its threads stopped."""
-        single = [edit for edit in edits if len(edit.new) == 1 and _INT3 in (edit.new[0], edit.old[0])]
-        longer = [edit for edit in edits if not (len(edit.new) == 1 and _INT3 in (edit.new[0], edit.old[0]))]
-        done: list[ByteEdit] = []
+        """Writes edits: int3 bytes, there or back, while the process runs; the rest with its threads stopped.
+
+        Raises:
+            DynacutError: not all could be written, and those that were are taken back; with status UNKNOWN, not all.
+        """
+        single, longer = _by_way(edits)
         try:
             if longer:
                 write_in_window(self.process, longer, self.clock, self._deadline, frames)
             for edit in single:
                 self.process.write(edit.address, edit.new)
-                done.append(edit)
-        except DynacutError:
-            for edit in done:
-                self.process.write(edit.address, edit.old)
+        except DynacutError as error:
+            self._take_back(edits, frames)
+            if standing_edits(self.process, edits):
+                error.status = ExitStatus.UNKNOWN
             raise
+
+    def _take_back(self, edits: Sequence[ByteEdit], frames: SignalFrames) -> None:
+        """Puts the old bytes back, each edit for itself: one that cannot be is no reason to leave another."""
+        single, longer = _by_way(standing_edits(self.process, edits))
+        deadline = time.monotonic() + min(self.timeout, _TAKING_BACK)
+        if longer:
+            try:
+                write_in_window(self.process, longer, self.clock, deadline, frames)
+            except DynacutError:
+                for edit in longer:
+                    with suppress(DynacutError):
+                        write_in_window(self.process, [edit], self.clock, deadline, frames)
+        for edit in single:
+            with suppress(DynacutError):
+                self.process.write(edit.address, edit.new)
+
+
+def _by_way(edits: Sequence[ByteEdit]) -> tuple[list[ByteEdit], list[ByteEdit]]:
+    """Edits of single bytes that are, or become, an int3: to be written while the process runs; and all others."""
+    ways: tuple[list[ByteEdit], list[ByteEdit]] = [], []
+    for edit in edits:
+        ways[not (len(edit.new) == 1 and _INT3 in (edit.new[0], edit.old[0]))].append(edit)
+    return ways
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from dynacut.live.proc import thread_ids
@@ -17,6 +17,7 @@ from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.occupancy import Occupancy, SignalFrames
 from dynacut.shared.patch_set import ByteEdit
+from dynacut.shared.rollback import standing_edits
 from dynacut.shared.target import PAGE_SIZE
 
 _INT3 = 0xCC
@@ -35,7 +36,8 @@ def write_in_window(
     enters; where a thread waits there in a system call, that would not help, and nothing is written.
 
     Raises:
-        DynacutError: until the deadline (of time.monotonic()) there was always one; nothing is left written.
+        DynacutError: until the deadline (of time.monotonic()) there was always one, or memory was unmapped meanwhile;
+        what was written is taken back, as far as it can be.
     """
     occupancy = Occupancy(edits, frames)
     runs = list(_runs(sorted(edits, key=lambda edit: edit.address)))
@@ -60,7 +62,8 @@ def write_in_window(
     finally:
         if closed:
             for address, old in heads:
-                process.write(address, old)
+                with suppress(DynacutError):  # one that was unmapped meanwhile is no reason to leave the others
+                    process.write(address, old)
 
 
 def _attempt(
@@ -71,12 +74,19 @@ def _attempt(
     # is looked at, and each run of neighbouring edits is one write.
     process.refresh()
     prepared = [_Prepared.of(process, run) for run in runs]
+    edits = [edit for run in runs for edit in run]
     started = time.perf_counter_ns()
     with urgent(), all_stopped(process) as tracees:
         busy = _find_thread(process, occupancy, tracees)
         if busy is None:
-            for part in prepared:
-                part.write(process)
+            try:
+                for part in prepared:
+                    part.write(process)
+            except DynacutError:  # memory was unmapped meanwhile
+                for edit in standing_edits(process, edits):
+                    with suppress(DynacutError):
+                        process.write(edit.address, edit.new)
+                raise
     clock.add(time.perf_counter_ns() - started)
     return busy
 

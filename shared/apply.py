@@ -8,6 +8,7 @@ let the target go between them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
 from typing import NamedTuple, Protocol
@@ -44,6 +45,7 @@ from dynacut.shared.region import (
     original_action,
     read_table,
 )
+from dynacut.shared.rollback import standing_edits
 from dynacut.shared.target import SIGTRAP, Target
 
 SIGTRAP_BIT = 1 << (SIGTRAP - 1)
@@ -171,14 +173,13 @@ def write_edits(target: StoppedTarget, patches: PatchSet, frames: SignalFrames) 
     for edit in patches.edits:
         if target.read(edit.address, len(edit.old)) != edit.old:
             raise DynacutError(f"other bytes than expected at {edit.address:#x} of {target.label}")
-    done: list[ByteEdit] = []
     try:
         for edit in patches.edits:
-            done.append(edit)
             target.write(edit.address, edit.new)
     except BaseException:
-        for edit in done:
-            target.write(edit.address, edit.old)
+        for edit in standing_edits(target, patches.edits):
+            with suppress(DynacutError):
+                target.write(edit.address, edit.new)
         raise
 
 
@@ -208,7 +209,13 @@ def conclude(target: StoppedTarget, patches: PatchSet) -> None:
 
 
 def retreat(target: StoppedTarget, patches: PatchSet) -> None:
-    """Takes back what make_ready() has done, with no code changed: handler and table as they were before."""
+    """Takes back what make_ready() has done: handler and table as they were before.
+
+    Raises:
+        DynacutError: code is still changed, and so what its hits need stays as well; or it cannot be done.
+    """
+    if standing_edits(target, patches.edits):
+        raise DynacutError(f"some code of {target.label} could not be put back")
     found = find_region(target)
     if found is None or found.table is None or patches.handler is not HandlerChange.INSTALL:
         return
