@@ -72,7 +72,7 @@ def print_features(processes: Sequence[Inspection], *, with_sites: bool) -> None
             patched = f"{feature.patched}/{len(feature.sites)}"
             rows.append([*pid, feature.name, feature.state, patched, str(feature.hits)])
             for site in feature.sites:
-                state = "patched" if site.patched else "original"
+                state = "patched" if site.patched else "original" if site.loaded else "unloaded"
                 cells = [feature.name, site.at, str(site.length), site.on_hit, state, str(site.hits)]
                 sites.append([*pid, *cells])
     for process in processes:

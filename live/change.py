@@ -88,10 +88,13 @@ def change(
             try:
                 process.refresh()
                 outcome.processes.append(inspect(process, thorough=False))
-            except DynacutError:
-                if process.pid == pid and outcome.changed:
+            except DynacutError as error:
+                is_alive = _is_alive(process.pid)
+                if process.pid == pid and outcome.changed and not is_alive:
                     raise _ended(process) from None
-                if process.pid == pid or _is_alive(process.pid):
+                if outcome.changed and error.status is ExitStatus.REFUSED:
+                    error.status = ExitStatus.CHECK_FAILED
+                if process.pid == pid or is_alive:
                     raise
     return outcome
 

@@ -34,10 +34,10 @@ def warnings_of(
 ) -> list[str]:
     """What endangers a running process. blockers: finds the threads that block SIGTRAP, and not only for the moment."""
     warnings = [
-        f"feature {feature.name!r} is only partly in force ({feature.patched} of {len(feature.sites)} sites): "
+        f"feature {feature.name!r} is only partly in force ({feature.patched} of {feature.loaded} sites): "
         "a patcher was interrupted; disable or enable it again"
         for feature in features
-        if 0 < feature.patched < len(feature.sites) and not any(site.on_hit == "learn" for site in feature.sites)
+        if 0 < feature.patched < feature.loaded and not any(site.on_hit == "learn" for site in feature.sites)
     ]
     if in_force and not catches_sigtrap:
         warnings.append("the program has taken SIGTRAP's action away: the next hit ends it; use --undo")

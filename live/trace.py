@@ -31,6 +31,7 @@ from dynacut.shared.coverage import Coverage, CoveredModule
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.region import FoundRegion, find_layout, find_region
+from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.target import Module
 
 _FEATURE = "trace"
@@ -304,7 +305,8 @@ def armed_blocks(process: Process) -> int:
     found = _trace_of(process)
     if found is None or found.table is None:
         return 0
-    return sum(process.read(site.address, 1) == _INT3_BYTE for site in found.table.sites)
+    memory = SiteMemory(process)
+    return sum(memory.found(site) == _INT3_BYTE for site in found.table.sites)
 
 
 def stop_trace(process: Process, timeout: float, clock: StopClock) -> int:

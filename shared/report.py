@@ -15,6 +15,7 @@ from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError, printable
 from dynacut.shared.holes import Patched
 from dynacut.shared.on_hit import OnHit
+from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.target import PAGE_SIZE, Module, Target
 
 SCHEMA = 1
@@ -31,6 +32,8 @@ class SiteReport:
     on_hit: str
     hits: int
     patched: bool
+    loaded: bool = True
+    """Whether the module it is in is loaded still."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,17 @@ class FeatureReport:
         return sum(site.patched for site in self.sites)
 
     @property
+    def loaded(self) -> int:
+        """How many of its sites are in modules that are loaded still."""
+        return sum(site.loaded for site in self.sites)
+
+    @property
     def state(self) -> str:
-        """``disabled`` as soon as a site is patched, or memory added, else ``enabled``."""
-        return "disabled" if self.patched or self.added_bytes else "enabled"
+        """``disabled`` as soon as a site is patched, or memory added, else ``enabled``; ``unloaded`` where all that it
+        has are sites in modules that are not loaded any more."""
+        if self.patched or self.added_bytes:
+            return "disabled"
+        return "unloaded" if self.sites and not self.loaded else "enabled"
 
     @property
     def hits(self) -> int:
@@ -129,6 +140,8 @@ def merged_features(processes: Sequence[Inspection], *, with_sites: bool) -> lis
                 merged[feature.name] = feature.as_json(with_sites=with_sites)
                 continue
             entry["hits"] += feature.hits
+            if entry["state"] == "unloaded":
+                entry["state"] = feature.state
             if feature.state == "disabled":
                 entry["state"] = feature.state
                 entry["patched"] = max(entry["patched"], feature.patched)
@@ -143,6 +156,7 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
     unmapped, added = dict.fromkeys(table.features, 0), dict.fromkeys(table.features, 0)
     view = Patched(target, table)
     holes = {hole.start for hole in view.holes}
+    memory = SiteMemory(view)
     for site in table.sites:
         if site.action is Action.UNMAP:
             unmapped[site.feature] += site.argument // PAGE_SIZE if site.address in holes else 0
@@ -150,6 +164,7 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
         if site.action is Action.MAP:
             added[site.feature] += site.argument if is_mapped(target, site) else 0
             continue
+        found = memory.found(site)
         by_feature[site.feature].append(
             SiteReport(
                 at=codes.describe(site.address),
@@ -157,7 +172,8 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
                 length=len(site.old),
                 on_hit=_on_hit(site, codes),
                 hits=site.hits,
-                patched=view.read(site.address, len(site.old)) == site.new,
+                patched=found == site.new,
+                loaded=found is not None,
             )
         )
     return tuple(FeatureReport(name, tuple(sites), unmapped[name], added[name]) for name, sites in by_feature.items())

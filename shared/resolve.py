@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dynacut.handlers.table import Action, Table, TableSite
 from dynacut.shared.added import in_place, is_mapped
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Patched, holes_to_make
 from dynacut.shared.library import Library
-from dynacut.shared.page_reader import PageReader
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet, outside
 from dynacut.shared.plan import Plan
 from dynacut.shared.region import user_of
 from dynacut.shared.resolver import Resolver
+from dynacut.shared.restoring import restoring, unloaded
 from dynacut.shared.sites import Ask
 from dynacut.shared.target import Target
 
@@ -90,13 +90,18 @@ def disable_again(names: Sequence[str], target: Target, table: Table) -> PatchSe
     """The patch set that switches features off that the table knows, as they were before.
 
     Raises:
-        DynacutError: the bytes at a site are neither old nor new.
+        DynacutError: the bytes at a site are neither old nor new, or its module is not loaded any more.
     """
     target = Patched(target, table)
     chosen = [site for site in table.sites if site.feature in names]
     if any(site.action is Action.MAP and not is_mapped(target, site) for site in chosen):
         raise DynacutError("the feature adds memory, whose contents only its plan has", "give the plan again by --plan")
-    inverse = {edit.address: edit for edit in _restoring(target, chosen)}
+    if gone := unloaded(target, chosen):
+        raise DynacutError(
+            f"feature {gone[0].feature!r} is of a module that is not loaded any more ({len(gone)} sites)",
+            "when the module is loaded again, give the plan or the sites anew",
+        )
+    inverse = {edit.address: edit for edit in restoring(target, chosen)}
     edits = []
     for site in chosen:
         found = inverse[site.address].old if site.address in inverse else site.old
@@ -124,7 +129,7 @@ def enable(names: Sequence[str], target: Target, table: Table | None) -> PatchSe
     chosen = [site for site in sites if site.feature in names]
     target = Patched(target, table)
     fill, drop = target.holes_of(chosen), in_place(target, chosen)
-    edits = outside(_restoring(target, chosen), fill)
+    edits = outside(restoring(target, chosen), fill)
     return PatchSet(edits, HandlerChange.KEEP, features, sites, features, sites, user_of(table), fill=fill, drop=drop)
 
 
@@ -138,27 +143,6 @@ def undo(target: Target, table: Table | None) -> PatchSet:
     sites = table.sites if table else ()
     handler = HandlerChange.REMOVE if table else HandlerChange.KEEP
     target = Patched(target, table)
-    edits = outside(_restoring(target, sites), target.holes)
+    edits = outside(restoring(target, sites), target.holes)
     drop = in_place(target, sites)
     return PatchSet(edits, handler, (), (), features, sites, user_of(table), fill=target.holes, drop=drop)
-
-
-def _restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ...]:
-    edits = []
-    strange = []
-    reader = PageReader(target)
-    for site in sites:
-        found = reader.read(site.address, len(site.old))
-        if found == site.old:
-            continue
-        if all(byte in (old, new) for byte, old, new in zip(found, site.old, site.new, strict=True)):
-            edits.append(ByteEdit(site.address, found, site.old))  # all of it, or what a killed patcher had written
-        else:
-            strange.append(f"{site.address:#x} ({site.feature}): {found[:8].hex(' ')}, neither ours nor the original")
-    if strange:
-        raise DynacutError(
-            f"other bytes than expected in {target.label}",
-            "another tool changed them: take its change back first",
-            details=strange[:_MAX_DETAILS],
-        )
-    return tuple(edits)

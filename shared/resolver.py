@@ -14,6 +14,7 @@ from dynacut.shared.functions import FunctionRange
 from dynacut.shared.holes import idle_pages
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedRemoval, PlannedSite, Scope
+from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.sites import ABSOLUTE, Ask, Locator, Place
 from dynacut.shared.target import PAGE_SIZE, Target
 
@@ -146,9 +147,11 @@ class Resolver:
     def check_replaced(self, before: Sequence[TableSite], wanted: Sequence[TableSite]) -> None:
         """A feature may be given other sites only while its present ones are not patched."""
         stay = set(wanted)
+        memory = SiteMemory(self._target)
         for site in before:
             is_there = site.action is Action.MAP and is_mapped(self._target, site)
-            if site not in stay and (is_there or self._target.read(site.address, len(site.old)) != site.old):
+            is_patched = bool(site.old) and memory.found(site) not in (site.old, None)
+            if site not in stay and (is_there or is_patched):
                 self.misfits.append(
                     f"feature {site.feature!r} is disabled already, with other sites or another action; enable it first"
                 )

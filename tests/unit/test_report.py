@@ -63,6 +63,13 @@ def test_a_site_that_is_half_patched_is_not_in_force(target: MemoryTarget) -> No
     assert [feature.patched for feature in features_of(target, memory.table(), CodeOf(target))] == [0, 0]
 
 
+def test_a_feature_is_unloaded_only_if_nothing_of_it_is_left() -> None:
+    here, gone = (SiteReport("server+0x10", 0x1010, 1, "learn", 0, False, loaded=loaded) for loaded in (True, False))
+    assert FeatureReport("one", (gone, gone)).state == "unloaded"
+    assert FeatureReport("one", (gone, here)).state == "enabled"
+    assert FeatureReport("one", ()).state == "enabled"
+
+
 def test_json_has_sites_only_when_asked() -> None:
     report = FeatureReport("one", (SiteReport("server+0x10", 0x1010, 1, "learn", 2, True),))
     short = {"name": "one", "state": "disabled", "sites": 1, "patched": 1, "hits": 2}

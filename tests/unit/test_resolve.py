@@ -120,6 +120,27 @@ def misfit(target: MemoryTarget, unfit: Plan, table: Table | None = None) -> str
     return line
 
 
+# What was unloaded.
+
+
+def test_a_feature_of_an_unloaded_module_is_put_back_without_an_edit(patched: Patched) -> None:
+    patched.disable(plan(feature("extra")))
+    patched.disable(plan(feature("alpha", name="two")))
+    library = patched.target.modules[1]
+    patched.target.modules = patched.target.modules[:1]
+    for mapping in library.mappings:
+        del patched.target._memory[mapping.start]
+    table = patched.table
+    assert table is not None
+    with pytest.raises(DynacutError, match="'one' is of a module that is not loaded any more"):
+        disable_again(["one"], patched.target, table)
+    assert enable(["one"], patched.target, table).edits == ()
+    assert [edit.address for edit in undo(patched.target, table).edits] == [patched.target.address("alpha")]
+    patched.disable(plan(feature("beta")))  # the same name, for other sites
+    patched.undo()
+    assert patched.target.read(patched.target.address("alpha"), 1) == b"\x55"
+
+
 # What fits.
 
 
