@@ -13,7 +13,7 @@ from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet, outside
 from dynacut.shared.plan import Plan
 from dynacut.shared.region import user_of
 from dynacut.shared.resolver import Resolver
-from dynacut.shared.restoring import restoring, unloaded
+from dynacut.shared.restoring import check_believable, restoring, unloaded
 from dynacut.shared.sites import Ask
 from dynacut.shared.target import Target
 
@@ -101,6 +101,7 @@ def disable_again(names: Sequence[str], target: Target, table: Table) -> PatchSe
             f"feature {gone[0].feature!r} is of a module that is not loaded any more ({len(gone)} sites)",
             "when the module is loaded again, give the plan or the sites anew",
         )
+    check_believable(target, chosen)
     inverse = {edit.address: edit for edit in restoring(target, chosen)}
     edits = []
     for site in chosen:
@@ -137,7 +138,7 @@ def undo(target: Target, table: Table | None) -> PatchSet:
     """The patch set that puts everything back.
 
     Raises:
-        DynacutError: the bytes at a site are neither old nor new.
+        DynacutError: the bytes at a site are neither old nor new, or the old ones are not those of the mapped file.
     """
     features = table.features if table else ()
     sites = table.sites if table else ()

@@ -1,11 +1,17 @@
-"""What stands where a table says that code was changed, and the edits that put it back."""
+"""What stands where a table says that code was changed, and the edits that put it back.
+
+A table lies in memory that the program itself can write to. What it calls the old bytes of a site is believed only
+where the mapped file has them: sites are made of nothing else (Resolver), so nothing else is ever to be put back.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from pathlib import Path
 
 from dynacut.handlers.table import Action, TableSite
+from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.page_reader import PageReader
 from dynacut.shared.patch_set import ByteEdit
@@ -22,6 +28,8 @@ class SiteMemory:
         self._mappings = target.mappings
         self._starts = [mapping.start for mapping in self._mappings]
         self._last: tuple[Mapping, ...] = ()
+        self._files = {part.start: module.file for module in target.modules for part in module.mappings}
+        self._opened: dict[Path, memoryview] = {}
 
     def parts(self, address: int, size: int) -> tuple[Mapping, ...]:
         """The mappings that hold some bytes, ascending; none if not all of them are mapped."""
@@ -58,12 +66,51 @@ class SiteMemory:
         data = self._reader.read(site.address, len(site.old))
         return data if data == site.new or all(part.is_file for part in parts) else None
 
+    def original(self, site: TableSite) -> bytes:
+        """The bytes that the mapped file has at a site.
+
+        Raises:
+            DynacutError: the site is not in private code of a file, or the file cannot be read.
+        """
+        data = b""
+        for part in self.parts(site.address, len(site.old)):
+            file = self._files.get(part.start)
+            if file is None or not part.executable or not part.private:
+                break
+            if file not in self._opened:
+                self._opened[file] = ElfFile.open(file).data
+            start = max(site.address, part.start)
+            position = part.file_offset + start - part.start
+            data += self._opened[file][position : position + min(site.end, part.end) - start]
+        if len(data) != len(site.old):
+            raise DynacutError("no code of a file is mapped there")
+        return data
+
+    def is_original(self, site: TableSite, found: bytes) -> bool:
+        """Whether what was found at a site is what the mapped file has there."""
+        try:
+            return self.original(site) == found
+        except DynacutError:
+            return False
+
+    def foul(self, site: TableSite) -> str | None:
+        """Why the old bytes of a site are not to be believed; None if they are the file's."""
+        try:
+            original = self.original(site)
+        except DynacutError as error:
+            return f"{site.address:#x} ({site.feature}): {error.problem}"
+        if original == site.old:
+            return None
+        said, has = site.old[:8].hex(" "), original[:8].hex(" ")
+        return f"{site.address:#x} ({site.feature}): the table says {said} was there, the file has {has}"
+
 
 def restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ...]:
     """The edits that put the old bytes of sites back; none where they stand already, or the module is unloaded.
 
     Raises:
-        DynacutError: the bytes at a site are neither old nor new; every such site is named.
+        DynacutError: the bytes at a site are neither old nor new, or the old ones are not the file's; every such site
+            is named.
     """
     memory = SiteMemory(target)
     edits = []
@@ -72,10 +119,14 @@ def restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ...
         found = memory.found(site) if site.old else b""
         if found is None or found == site.old:
             continue
-        if all(byte in (old, new) for byte, old, new in zip(found, site.old, site.new, strict=True)):
-            edits.append(ByteEdit(site.address, found, site.old))  # all of it, or what a killed patcher had written
+        if found == site.new or _is_mixed(site, found):
+            problem = memory.foul(site)
         else:
-            strange.append(f"{site.address:#x} ({site.feature}): {found[:8].hex(' ')}, neither ours nor the original")
+            problem = f"{site.address:#x} ({site.feature}): {found[:8].hex(' ')}, neither ours nor the original"
+        if problem is None:
+            edits.append(ByteEdit(site.address, found, site.old))
+        elif not memory.is_original(site, found):  # where it is, another module has come to lie there
+            strange.append(problem)
     if strange:
         raise DynacutError(
             f"other bytes than expected in {target.label}",
@@ -83,6 +134,26 @@ def restoring(target: Target, sites: Iterable[TableSite]) -> tuple[ByteEdit, ...
             details=strange[:_MAX_DETAILS],
         )
     return tuple(edits)
+
+
+def _is_mixed(site: TableSite, found: bytes) -> bool:
+    """Whether each byte is an old or a new one: what a killed patcher had written."""
+    return all(byte in (old, new) for byte, old, new in zip(found, site.old, site.new, strict=True))
+
+
+def check_believable(target: Target, sites: Iterable[TableSite]) -> None:
+    """Checks that sites are in code, with the old bytes that its file has.
+
+    Raises:
+        DynacutError: they are not; every such site is named.
+    """
+    memory = SiteMemory(target)
+    if strange := [problem for site in sites if site.old and (problem := memory.foul(site))]:
+        raise DynacutError(
+            f"the table in {target.label} does not fit its code",
+            "somebody else has changed one of them: restart the program",
+            details=strange[:_MAX_DETAILS],
+        )
 
 
 def unloaded(target: Target, sites: Iterable[TableSite]) -> list[TableSite]:

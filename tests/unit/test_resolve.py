@@ -141,6 +141,43 @@ def test_a_feature_of_an_unloaded_module_is_put_back_without_an_edit(patched: Pa
     assert patched.target.read(patched.target.address("alpha"), 1) == b"\x55"
 
 
+# What the table says, where the program has changed it.
+
+
+def forged(address: int, old: bytes, new: bytes) -> Table:
+    """A table with one plain edit, as a program can write it over its own."""
+    memory = Memory(Layout.of_capacities(64, 4096))
+    memory.update(["one"], [TableSite(address, "one", Action.EDIT, 0, len(old), old, new)])
+    return memory.table()
+
+
+def test_bytes_that_are_not_the_files_are_never_written(target: MemoryTarget) -> None:
+    before = target.everything
+    alpha = target.address("alpha")
+    data = next(part.start for part in target.modules[0].mappings if not part.executable)
+    table = forged(alpha, b"\x0f\x05\x90", target.read(alpha, 3))
+    assert undo(target, table).edits == enable(["one"], target, table).edits == ()
+    table = forged(data, b"\x0f\x05\x90", target.read(data, 3))
+    with pytest.raises(DynacutError, match="other bytes than expected") as caught:
+        undo(target, table)
+    assert caught.value.details == (f"{data:#x} (one): no code of a file is mapped there",)
+    with pytest.raises(DynacutError, match="other bytes than expected"):
+        enable(["one"], target, table)
+    assert target.everything == before
+    target.write(alpha, b"\x0f\x05\x90")
+    with pytest.raises(DynacutError, match="does not fit its code"):
+        disable_again(["one"], target, forged(alpha, b"\x0f\x05\x90", b"\x90\x0f\x05"))
+
+
+def test_a_module_that_has_come_to_lie_at_a_site_is_left_alone(target: MemoryTarget) -> None:
+    address = target.address("alpha")
+    assert undo(target, forged(address, b"\x0f\x05", b"\xcc\xcc")).edits == ()
+    target.write(address, b"\xcc\xcc")
+    with pytest.raises(DynacutError, match="other bytes than expected") as caught:
+        undo(target, forged(address, b"\x0f\x05", b"\xcc\xcc"))
+    assert "the table says 0f 05 was there, the file has 55" in caught.value.details[0]
+
+
 # What fits.
 
 
