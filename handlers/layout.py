@@ -19,7 +19,9 @@ NAME_SIZE = 64
 FEATURE_CAPACITY = 256
 REPAIR_CAPACITY = 4096
 MIN_SITE_CAPACITY = 4096
-MAX_SITE_CAPACITY = 1 << 22
+MAX_SITE_CAPACITY = 1 << 21
+MAX_RANGES = 1 << 16
+"""Of pages taken away or added: more mappings than a process may have (vm.max_map_count) would come of them."""
 MIN_HEAP_CAPACITY = 1 << 16
 MAX_HEAP_CAPACITY = 1 << 28
 

@@ -49,7 +49,7 @@ class KernelAction:
         return cls(*ACTION.unpack_from(data, offset))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TableSite:
     """One patched place. old and new have the same length: the number of bytes that are patched."""
 

@@ -26,6 +26,7 @@ from dynacut.handlers.layout import (
     LIBRARY_OFFSET,
     MAGIC,
     MAX_HEAP_CAPACITY,
+    MAX_RANGES,
     MAX_SITE_CAPACITY,
     NAME_SIZE,
     OBSERVED_OFFSET,
@@ -70,6 +71,7 @@ __all__ = [
     "LIBRARY_OFFSET",
     "MAGIC",
     "MAX_HEAP_CAPACITY",
+    "MAX_RANGES",
     "MAX_SITE_CAPACITY",
     "NAME_SIZE",
     "NO_LIBRARY",
@@ -100,7 +102,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Placed:
     """A site with its places in counters and heap."""
 
@@ -351,7 +353,7 @@ def _parse_sites(
     counter_count: int,
 ) -> Iterator[_Placed]:
     start = layout.sites[bank]
-    end = 0
+    end = unmapped_end = saved = ranges = 0
     actions = {int(action): action for action in Action}  # a trace has 84,000 sites: Action(number) takes a third of it
     for fields in SITE.iter_unpack(data[start : start + count * SITE.size]):
         address, argument, counter, bytes_offset, feature, length, size, number = fields
@@ -360,8 +362,14 @@ def _parse_sites(
             raise TableError(f"a site with unknown action {number}")
         needed = 2 * length if action == Action.EDIT else length
         is_range = action in (Action.UNMAP, Action.MAP)
+        # Each site has saved bytes of its own, and no page is taken away twice: else a table could name gigabytes.
+        saved += needed
+        ranges += is_range
         if (
-            (address < end and not is_range)
+            saved > heap_used
+            or ranges > MAX_RANGES
+            or (action == Action.UNMAP and address < unmapped_end)
+            or (address < end and not is_range)
             or (length == 0) is not is_range
             or (is_range and not _is_page_range(address, argument))
             or address + length >= 1 << 64
@@ -371,6 +379,7 @@ def _parse_sites(
         ):
             raise TableError(f"the entry of site {address:#x} does not fit the table")
         end = max(end, address + length)
+        unmapped_end = address + argument if action == Action.UNMAP else unmapped_end
         old = bytes(data[layout.heap + bytes_offset : layout.heap + bytes_offset + length])
         new = b"\xcc" * length
         if action == Action.EDIT:

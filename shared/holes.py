@@ -94,6 +94,7 @@ class Patched:
     def __init__(self, target: Target, table: Table | None) -> None:
         self._target = target
         self.holes = tuple(_holes(target, table)) if table else ()
+        self._ends = [hole.end for hole in self.holes]
 
     @property
     def label(self) -> str:
@@ -145,9 +146,9 @@ class Patched:
         """The target's bytes, int3 in holes; DynacutError if they are not all mapped."""
         data = b""
         end = address + size
-        for hole in self.holes:
-            if hole.end <= address or end <= hole.start:
-                continue
+        for hole in self.holes[bisect_right(self._ends, address) :]:
+            if end <= hole.start:
+                break
             if address < hole.start:
                 data += self._target.read(address, hole.start - address)
             stop = min(hole.end, end)

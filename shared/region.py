@@ -97,17 +97,12 @@ def find_region(target: Target, magic: bytes = MAGIC) -> FoundRegion | None:
     Raises:
         DynacutError: there is a table, but of another version or damaged.
     """
-    best: FoundRegion | None = None
+    if (filled := find_layout(target, magic)) is not None:
+        return FoundRegion(filled[0], read_table(target, filled[0]))
     for region, head in _regions(target, magic):
-        if not head.startswith(magic):
-            continue
-        if head[VERSION_OFFSET:] == bytes(4):
-            best = best or FoundRegion(region, None)
-            continue
-        found = FoundRegion(region, read_table(target, region))
-        if best is None or best.table is None or (found.table and found.table.serial > best.table.serial):
-            best = found
-    return best
+        if _is_empty(head, magic):
+            return FoundRegion(region, None)
+    return None
 
 
 def find_layout(target: Target, magic: bytes = MAGIC) -> tuple[Region, Layout] | None:
@@ -118,7 +113,7 @@ def find_layout(target: Target, magic: bytes = MAGIC) -> tuple[Region, Layout] |
     """
     best: tuple[int, Region, Layout] | None = None
     for region, head in _regions(target, magic):
-        if not head.startswith(magic) or head[VERSION_OFFSET:] == bytes(4):
+        if not head.startswith(magic) or _is_empty(head, magic):
             continue
         header = target.read(region.table, HEADER_SIZE)
         try:
@@ -128,6 +123,11 @@ def find_layout(target: Target, magic: bytes = MAGIC) -> tuple[Region, Layout] |
         if best is None or Table.serial_of(header) > best[0]:
             best = Table.serial_of(header), region, layout
     return best[1:] if best else None
+
+
+def _is_empty(head: bytes, magic: bytes) -> bool:
+    """Whether a table has its magic but no version yet: it was not filled."""
+    return head == magic + bytes(4)
 
 
 def has_region(target: Target, magic: bytes = MAGIC) -> bool:

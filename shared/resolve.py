@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dynacut.handlers.table import Action, Table, TableSite
+from dynacut.handlers.table import MAX_RANGES, Action, Table, TableSite
 from dynacut.shared.added import in_place, is_mapped
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Patched, holes_to_make
@@ -55,6 +55,8 @@ def disable(
         if len(shown) == 1:
             raise DynacutError(shown[0], resolver.advice)
         raise DynacutError(f"the plan does not fit {target.label}", resolver.advice, details=shown)
+    if sum(site.action in (Action.UNMAP, Action.MAP) for site in sites) > MAX_RANGES:
+        raise DynacutError(f"the plan takes away or adds more than {MAX_RANGES} runs of pages", "use scope block")
     in_memory = [(site, target.read(site.address, len(site.old))) for site in sites if site.feature in replaced]
     edits = tuple(ByteEdit(site.address, found, site.new) for site, found in in_memory if found != site.new)
     features = (*known_features, *(name for name in plan.feature_names if name not in known_features))

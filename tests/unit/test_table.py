@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 
 from dynacut.handlers import table as table_module
 from dynacut.handlers.blob import HANDLER_ENTRY
+from dynacut.handlers.layout import BANK, PAGE, SITE
 from dynacut.handlers.table import (
+    BANKS_OFFSET,
     CODE_SIZE,
     FEATURE_CAPACITY,
     GENERATION_OFFSET,
     MAGIC,
     MAX_HEAP_CAPACITY,
+    MAX_RANGES,
     MAX_SITE_CAPACITY,
     NAME_SIZE,
     OBSERVED_OFFSET,
@@ -546,6 +549,48 @@ def test_a_truncated_table_is_refused_wherever_it_ends() -> None:
         with pytest.raises(TableError):
             Table.parse(data[:size], ADDRESS)
     assert Table.parse(data + bytes(4096), ADDRESS).features == ("one", "two")
+
+
+def raw_table(records: Sequence[tuple[int, ...]], heap: int) -> bytes:
+    """A table of one feature whose sites are just these records, as any program can write one."""
+    memory = Memory(Layout.of_capacities(max(8, len(records)), max(heap, 256)))
+    memory.update(["one"], [])
+    layout, bank = memory.table().layout, memory.table().generation & 1
+    memory.write(
+        [
+            Write(layout.sites[bank], b"".join(SITE.pack(*record) for record in records)),
+            Write(BANKS_OFFSET + bank * BANK.size, BANK.pack(len(records), 1, heap, len(records) + 1)),
+        ]
+    )
+    return bytes(memory.data)
+
+
+def test_sites_do_not_share_saved_bytes() -> None:
+    """Else some thousand sites of 64 KiB would name gigabytes."""
+    one, other = (0x1000, 0, 1, 0, 0, 4, 4, 1), (0x2000, 0, 2, 4, 0, 4, 4, 1)
+    assert len(Table.parse(raw_table([one, other], 8), ADDRESS).sites) == 2
+    bomb = [(0x10000 * (index + 1), 0, index, 0, 0, 0xFFFF, 1, 1) for index in range(3000)]
+    data = raw_table(bomb, 0xFFFF)
+    tracemalloc.start()
+    with pytest.raises(TableError, match="does not fit the table"):
+        Table.parse(data, ADDRESS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
+
+
+def test_no_page_is_taken_away_twice() -> None:
+    pages = [(PAGE * (index + 1), PAGE, index, 0, 0, 0, 0, Action.UNMAP) for index in range(3)]
+    assert len(Table.parse(raw_table(pages, 0), ADDRESS).sites) == 3
+    for bomb in (pages[:1] * 3, [(PAGE, 2 * PAGE, 0, 0, 0, 0, 0, Action.UNMAP), pages[1]]):
+        with pytest.raises(TableError, match="does not fit the table"):
+            Table.parse(raw_table(bomb, 0), ADDRESS)
+
+
+def test_more_ranges_than_mappings_are_possible_are_refused() -> None:
+    many = [(PAGE * (index + 1), PAGE, 0, 0, 0, 0, 0, Action.MAP) for index in range(MAX_RANGES + 1)]
+    with pytest.raises(TableError, match="does not fit the table"):
+        Table.parse(raw_table(many, 0), ADDRESS)
 
 
 def test_large_counts_in_a_small_table_take_no_memory() -> None:
