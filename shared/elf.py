@@ -18,6 +18,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.inside_root import open_inside
 
 PAGE_SIZE = 4096
 MMAP_FROM = 64 << 20
@@ -123,11 +124,19 @@ class ElfFile:
             raise self.malformed("it ends too early") from error
 
     @classmethod
-    def open(cls, path: Path, *, debug_file: bool = False) -> ElfFile:
-        """Read the file at path; DynacutError if it cannot be read, is of another kind, or malformed."""
+    def open(cls, path: Path, *, debug_file: bool = False, root: Path | None = None) -> ElfFile:
+        """Read the file at path; DynacutError if it cannot be read, is of another kind, or malformed.
+
+        root: if given, path is what a process with that root calls the file, and links are followed as it would.
+        """
         try:
-            # O_NONBLOCK: a FIFO or a device in the file's place must not hang us.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+            if root is not None:
+                descriptor = open_inside(root, path)
+            elif not stat.S_ISREG(path.stat().st_mode):  # opening a device may already do something
+                raise DynacutError(f"{path} is not a regular file")
+            else:
+                # O_NONBLOCK: a FIFO or a device that has just taken the file's place must not hang us.
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
             with os.fdopen(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
@@ -139,7 +148,7 @@ class ElfFile:
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise DynacutError(f"cannot read {path}: {reason}") from error
-        return cls(path, data, debug_file=debug_file)
+        return cls(path if root is None else root / path.relative_to(path.anchor), data, debug_file=debug_file)
 
     def malformed(self, what: str) -> DynacutError:
         """Return the error to raise for a broken file."""

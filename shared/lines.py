@@ -46,8 +46,7 @@ def file_with_lines(elf: ElfFile, path: Path, root: Path = Path("/")) -> ElfFile
     """Return the module itself or its separate debug file, whichever has line tables, or None."""
     if has_lines(elf):
         return elf
-    found = find_debug_file(elf, path, root)
-    debug = ElfFile.open(found, debug_file=True) if found is not None else None
+    debug = find_debug_file(elf, path, root)
     return debug if debug is not None and has_lines(debug) else None
 
 

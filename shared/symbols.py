@@ -93,8 +93,8 @@ def _places(names: bytes, name: bytes) -> set[int]:
     return places
 
 
-def find_debug_file(elf: ElfFile, path: Path, root: Path = Path("/")) -> Path | None:
-    """Return the separate debug file of a module, or None.
+def find_debug_file(elf: ElfFile, path: Path, root: Path = Path("/")) -> ElfFile | None:
+    """Return the separate debug file of a module, opened, or None.
 
     path: what the target calls the module; root: the target's root directory as we can reach it. Looked at
     are the .build-id tree below usr/lib/debug, then the .gnu_debuglink name beside the module, in .debug/
@@ -103,16 +103,14 @@ def find_debug_file(elf: ElfFile, path: Path, root: Path = Path("/")) -> Path | 
     """
     candidates: list[Path] = []
     if elf.build_id is not None and len(elf.build_id) > 2:
-        candidates.append(root / DEBUG_ROOT / ".build-id" / elf.build_id[:2] / f"{elf.build_id[2:]}.debug")
+        candidates.append(DEBUG_ROOT / ".build-id" / elf.build_id[:2] / f"{elf.build_id[2:]}.debug")
     link = _debug_link(elf)
     if link is not None:
-        folder = path.parent
-        inside = root / folder.relative_to(folder.anchor)
-        candidates += [inside / link[0], inside / ".debug" / link[0]]
-        candidates.append(root / DEBUG_ROOT / folder.relative_to(folder.anchor) / link[0])
+        folder = path.parent.relative_to(path.anchor)
+        candidates += [folder / link[0], folder / ".debug" / link[0], DEBUG_ROOT / folder / link[0]]
     for candidate in candidates:
         try:
-            debug = ElfFile.open(candidate, debug_file=True)
+            debug = ElfFile.open(candidate, debug_file=True, root=root)
         except DynacutError:
             continue  # not there, or not what it should be: no reason to refuse work on the module itself
         if elf.build_id is not None and debug.build_id is not None:
@@ -120,7 +118,7 @@ def find_debug_file(elf: ElfFile, path: Path, root: Path = Path("/")) -> Path | 
         else:
             matches = link is not None and zlib.crc32(debug.data) == link[1]
         if matches and debug.data != elf.data:
-            return candidate
+            return debug
     return None
 
 
@@ -170,13 +168,11 @@ class SymbolTable:
         Without .symtab the debug file's is taken, and without that .gnu_debugdata's.
         """
         sources: list[tuple[ElfFile, str, str]] = []
-        debug = None
+        debug: ElfFile | None = None
         if elf.section(".symtab") is not None:
             sources.append((elf, ".symtab", ".symtab"))
         else:
-            found = find_debug_file(elf, path, root)
-            if found is not None:
-                debug = ElfFile.open(found, debug_file=True)
+            debug = find_debug_file(elf, path, root)
             if debug is not None and debug.section(".symtab") is not None:
                 sources.append((debug, ".symtab", ".symtab"))
             elif (mini := mini_debug(elf)) is not None:

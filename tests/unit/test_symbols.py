@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import re
 import shutil
 import struct
@@ -23,6 +24,11 @@ needs_tools = pytest.mark.skipif(
 
 def run(*command: object) -> str:
     return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+
+def debug_path(elf: ElfFile, path: Path, root: Path = Path("/")) -> Path | None:
+    found = find_debug_file(elf, path, root)
+    return None if found is None else found.path
 
 
 def readelf_symbols(path: Path, table: str) -> set[tuple[str, int, int]]:
@@ -120,12 +126,12 @@ def test_debug_link(program: Path, tmp_path: Path, place: str) -> None:
     debug = tmp_path / place.replace("BIN", "opt/tool") / "program.debug"
     stripped = split(program, debug)
     elf = ElfFile.open(stripped)
-    assert find_debug_file(elf, shown, root) == debug
+    assert debug_path(elf, shown, root) == debug
     table = SymbolTable.of(elf, shown, root)
     assert len(table.lookup("twin")) == 2 and table.debug is not None
     assert table.lookup("main")[0].offset == SymbolTable.of(ElfFile.open(program), program).lookup("main")[0].offset
     debug.write_bytes(debug.read_bytes()[:1000])  # a broken debug file is as good as none
-    assert find_debug_file(elf, shown, root) is None
+    assert debug_path(elf, shown, root) is None
     assert SymbolTable.of(elf, shown, root).lookup("twin") == ()
     assert len(SymbolTable.of(elf, shown, root).lookup("main")) == 1  # from .dynsym
 
@@ -136,13 +142,44 @@ def test_build_id_tree(program: Path, tmp_path: Path) -> None:
     assert build_id is not None
     debug = tmp_path / "root/usr/lib/debug/.build-id" / build_id[:2] / f"{build_id[2:]}.debug"
     elf = ElfFile.open(split(program, debug, link=False))
-    assert find_debug_file(elf, Path("/x/program"), tmp_path / "root") == debug
-    assert find_debug_file(elf, Path("/x/program"), tmp_path) is None
+    assert debug_path(elf, Path("/x/program"), tmp_path / "root") == debug
+    assert debug_path(elf, Path("/x/program"), tmp_path) is None
     other = tmp_path / "other"
     (tmp_path / "other.c").write_text("int main(void) { return 0; }\n")
     run("gcc", tmp_path / "other.c", "-o", other)
     shutil.copy(other, debug)  # the right name, another build-id
-    assert find_debug_file(elf, Path("/x/program"), tmp_path / "root") is None
+    assert debug_path(elf, Path("/x/program"), tmp_path / "root") is None
+
+
+@needs_tools
+def test_links_are_followed_within_the_targets_root_only(program: Path, tmp_path: Path) -> None:
+    build_id = ElfFile.open(program).build_id
+    assert build_id is not None
+    root = tmp_path / "root"
+    link = root / "usr/lib/debug/.build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+    link.parent.mkdir(parents=True)
+    outside = tmp_path / "outside.debug"
+    elf = ElfFile.open(split(program, outside, link=False))
+    for text in (outside, Path("../" * 20) / outside.relative_to("/")):
+        link.unlink(missing_ok=True)
+        link.symlink_to(text)
+        assert link.resolve() == outside
+        assert debug_path(elf, Path("/x/program"), root) is None
+    inside = root / outside.relative_to("/")  # where the same link leads in the target
+    inside.parent.mkdir(parents=True)
+    shutil.copy(outside, inside)
+    assert debug_path(elf, Path("/x/program"), root) == link
+
+
+@needs_tools
+def test_a_pipe_in_a_debug_files_place_is_not_opened(program: Path, tmp_path: Path) -> None:
+    stripped = split(program, tmp_path / "bin" / "program.debug")
+    (tmp_path / "bin" / "program.debug").unlink()
+    os.mkfifo(tmp_path / "bin" / "program.debug")
+    # Opening a pipe for reading would let an opening for writing through.
+    assert debug_path(ElfFile.open(stripped), stripped.with_name("stripped")) is None
+    with pytest.raises(OSError, match="No such device or address"):
+        os.open(tmp_path / "bin" / "program.debug", os.O_WRONLY | os.O_NONBLOCK)
 
 
 @needs_tools
@@ -152,9 +189,9 @@ def test_debug_link_without_build_id_needs_its_crc(tmp_path: Path) -> None:
     debug = tmp_path / "p.debug"
     elf = ElfFile.open(split(tmp_path / "p", debug))
     assert elf.build_id is None
-    assert find_debug_file(elf, tmp_path / "stripped") == debug
+    assert debug_path(elf, tmp_path / "stripped") == debug
     debug.write_bytes(debug.read_bytes() + b"x")
-    assert find_debug_file(elf, tmp_path / "stripped") is None
+    assert debug_path(elf, tmp_path / "stripped") is None
 
 
 @needs_tools
@@ -166,7 +203,7 @@ def test_debug_link_cannot_leave_its_folder(program: Path, tmp_path: Path) -> No
     for name in (b"../x.dbg\0", b"..\0", b"\0", b"x" * section.size):
         broken = data.copy()
         broken[section.file_offset : section.file_offset + len(name)] = name
-        assert find_debug_file(ElfFile(stripped, memoryview(bytes(broken))), stripped) is None
+        assert debug_path(ElfFile(stripped, memoryview(bytes(broken))), stripped) is None
 
 
 @needs_tools
