@@ -33,6 +33,7 @@ from dynacut.live.stop_clock import StopClock
 from dynacut.live.stub import Stub, restarting_stub, restoring_tail
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.urgency import urgent
+from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole
 from dynacut.shared.library import LibrarySegment
@@ -161,30 +162,56 @@ class Remote:
     def map_files(self, region: Region, holes: Sequence[Hole]) -> None:
         """Maps unmapped pages of files back, and verifies that they are those of the same file.
 
+        Where another file has taken its name since, as after an upgrade, the pages are copies of what is still mapped.
+
         Raises:
-            DynacutError: they are not; what could be mapped is mapped.
+            DynacutError: they cannot be had; what could be mapped is mapped, nothing of another file.
         """
-        process = self._process
-        name = region.table + INPUT_OFFSET
-        flags = _MAP_PRIVATE | _MAP_FIXED_NOREPLACE
         for hole in holes:
-            path = os.fsencode(hole.mapping.path) + b"\0"
-            if len(path) > _MAX_PATH:
-                raise DynacutError(f"{hole.mapping.path}: the name is too long", status=ExitStatus.CHECK_FAILED)
-            process.write(name, path)
-            stub = Stub()
-            size = hole.end - hole.start
-            stub.map_opened(name, hole.start, size, _PROT_READ | _PROT_EXEC, flags, hole.file_offset)
-            done = self._run(stub, region)
-            process.write(name, bytes(len(path)))
-            process.refresh()
-            new = next((part for part in process.mappings if part.start <= hole.start < part.end), None)
-            if not done or new is None or new.inode != hole.mapping.inode:
+            if not self._map_by_name(region, hole) and not self._map_copy(region, hole):
                 raise DynacutError(
-                    f"{process.label} could not map {hole.mapping.path} at {hole.start:#x} again",
+                    f"{self._process.label} could not map {hole.mapping.path} at {hole.start:#x} again",
                     "the file was replaced, or the process may not read it: only a restart brings the pages back",
                     status=ExitStatus.CHECK_FAILED,
                 )
+
+    def _map_by_name(self, region: Region, hole: Hole) -> bool:
+        """Maps unmapped pages from what has their file's name; whether it is that file. Else nothing is mapped."""
+        process = self._process
+        path = os.fsencode(hole.mapping.path) + b"\0"
+        if path.endswith(b" (deleted)\0") or len(path) > _MAX_PATH:
+            return False
+        name = region.table + INPUT_OFFSET
+        process.write(name, path)
+        stub = Stub()
+        size, flags = hole.end - hole.start, _MAP_PRIVATE | _MAP_FIXED_NOREPLACE
+        stub.map_opened(name, hole.start, size, _PROT_READ | _PROT_EXEC, flags, hole.file_offset)
+        done = self._run(stub, region)
+        process.write(name, bytes(len(path)))
+        process.refresh()
+        new = next((part for part in process.mappings if part.start <= hole.start < part.end), None)
+        if done and new is not None and new.inode == hole.mapping.inode:
+            return True
+        if done and new is not None:
+            self.unmap(region, [hole])
+        return False
+
+    def _map_copy(self, region: Region, hole: Hole) -> bool:
+        """Maps a copy of unmapped pages, from their file as its other pages still hold it; whether it can be read."""
+        modules = self._process.modules
+        for module in modules:
+            part = next((part for part in module.mappings if part.inode == hole.mapping.inode), None)
+            if part is None or not module.base <= hole.start < module.end:
+                continue
+            try:
+                data = ElfFile.open(module.file).data
+            except DynacutError:
+                return False
+            contents = bytes(data[hole.file_offset : hole.file_offset + hole.end - hole.start])
+            protection = _PROT_READ | _PROT_EXEC
+            self.map_segments(region, [LibrarySegment(hole.start, hole.end - hole.start, protection, contents)])
+            return True
+        return False
 
     def keep_alive(self, region: Region | None) -> None:
         """Lets the process, of one thread, outlive its parent, whose end would have ended it. region: None if none is

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from dynacut.live.proc import thread_ids
+from dynacut.shared.elf import ElfFile
+from dynacut.shared.plan import Plan, PlannedModule, PlannedRemoval
+from dynacut.shared.target import PAGE_SIZE
 
 from .conftest import Dynacut, Rounds
 from .programs import DENIED, Program, feature
@@ -139,3 +142,25 @@ def test_blocks_under_load_are_overwritten_and_put_back_whole(program: Start, ro
     counters = target.counters("stop")
     assert counters["wrong"] == 0
     assert len(thread_ids(target.pid)) == 3
+
+
+def test_pages_come_back_after_an_upgrade_as_they_were(program: Start, dynacut: Dynacut, tmp_path: Path) -> None:
+    """Another build has taken its name by then: pages are copied from what is still mapped of the old one."""
+    target = program("spinner", 1)
+    executable = Path(f"/proc/{target.pid}/exe").readlink()
+    address = symbol(target, "sites")
+    original = bytes_at(target, address, 4 * PAGE_SIZE)
+    removal = PlannedRemoval(f"sites+{PAGE_SIZE:#x}", 2 * PAGE_SIZE, "pages")
+    modules = {"spinner": PlannedModule(str(executable), ElfFile.open(executable).build_id)}
+    pages = tmp_path / "pages.toml"
+    pages.write_text(Plan("without pages", modules=modules, removed=(removal,)).to_toml())
+    report = dynacut.json("live", "--pid", target.pid, "--plan", pages)
+    assert report["features"][0]["unmapped_pages"] == 2
+    upgraded = tmp_path / "upgraded"
+    upgraded.write_bytes(executable.read_bytes().replace(b"\x48\x8d\x7f\x01", b"\x48\x8d\x7f\x02"))
+    upgraded.chmod(0o755)
+    upgraded.rename(executable)
+    report = dynacut.json("live", "--pid", target.pid, "--undo")
+    assert report["features"] == []
+    assert bytes_at(target, address, 4 * PAGE_SIZE) == original
+    assert target.ask("sites 5") == "10005"
