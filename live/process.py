@@ -150,6 +150,11 @@ def gone(pid: int) -> DynacutError:
     return DynacutError(f"there is no process {pid}", "`ps -e` lists the processes; a restarted server has a new pid")
 
 
+def runs_another_program(process: Process) -> DynacutError:
+    """The error for a process that has other memory by now than when it was opened."""
+    return DynacutError(f"{process.label} runs another program by now", "look at what it runs, and try again")
+
+
 def _readable_file(pid: int, mapping: Mapping, path: str) -> Path:
     """Where the mapped file can be read: the very inode where map_files is permitted, else by its path.
 

@@ -12,6 +12,7 @@ import os
 import struct
 
 # include/uapi/linux/ptrace.h
+PTRACE_PEEKDATA = 2
 PTRACE_GETREGS = 12
 PTRACE_SETREGS = 13
 PTRACE_DETACH = 17
@@ -34,6 +35,7 @@ REGISTER_NAMES = (
 _REGISTERS = struct.Struct(f"<{len(REGISTER_NAMES)}Q")
 _OFFSETS = {name: 8 * index for index, name in enumerate(REGISTER_NAMES)}
 _WORD = struct.Struct("<Q")
+_SIGNED_WORD = struct.Struct("<q")
 
 # PyDLL keeps the interpreter's lock, which a call that does not wait need not give back.
 _ptrace = ctypes.PyDLL(None, use_errno=True).ptrace
@@ -52,6 +54,19 @@ def call(request: int, tid: int, address: int = 0, data: int = 0) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
+
+
+def peek(tid: int, address: int) -> bytes:
+    """The 8 bytes at an address of a stopped thread, in the memory that it has now.
+
+    Raises:
+        OSError: EIO, nothing is mapped there; ESRCH as for call().
+    """
+    ctypes.set_errno(0)
+    word: int = _ptrace(PTRACE_PEEKDATA, tid, address, 0)  # by the C library, which returns the word itself
+    if word == -1 and (number := ctypes.get_errno()) != 0:
+        raise OSError(number, os.strerror(number))
+    return _SIGNED_WORD.pack(word)
 
 
 class Registers:

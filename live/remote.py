@@ -23,7 +23,7 @@ from dynacut.handlers.table import (
 )
 from dynacut.live.passage import all_seen_outside
 from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
-from dynacut.live.process import Process, gone
+from dynacut.live.process import Process, gone, runs_another_program
 from dynacut.live.ptrace_call import REGISTER_NAMES
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.resumption import starts_anew
@@ -320,10 +320,15 @@ class Remote:
         going_on = tracee.resumption()
         if going_on.restarts:
             failed = (_FAILED_WITH_EINTR, registers["rip"])
-            self._process.write(slot, restarting_stub(body, registers, (going_on.rax, going_on.rip), failed))
+            code = restarting_stub(body, registers, (going_on.rax, going_on.rip), failed)
+        else:
+            code = body + restoring_tail(registers, going_on.rax, going_on.rip)
+        self._process.write(slot, code)
+        if not tracee.has(slot, code):
+            raise runs_another_program(self._process)
+        if going_on.restarts:
             tracee.go_back_to(slot)
         else:
-            self._process.write(slot, body + restoring_tail(registers, going_on.rax, going_on.rip))
             tracee.go_to(slot)
 
     def _wait(self, condition: Callable[[], bool]) -> bool:

@@ -238,6 +238,24 @@ class Tracee:
         """Where and how the thread has to go on as if it had not been stopped."""
         return resumption(self.registers)
 
+    def has(self, address: int, data: bytes) -> bool:
+        """Whether the thread's memory has these bytes, 8 at least, of which the first and the last 8 are looked at.
+
+        It has other memory than that which was opened if it has called execve(2) since; the old one is still there
+        where somebody shares it.
+
+        Raises:
+            ThreadGoneError.
+        """
+        try:
+            return all(
+                ptrace_call.peek(self.tid, address + place) == data[place : place + 8] for place in {0, len(data) - 8}
+            )
+        except ProcessLookupError:
+            raise self._gone() from None
+        except OSError:
+            return False
+
     def go_to(self, rip: int) -> None:
         """Lets the thread go on at another address after detach(), all other registers as they are.
 

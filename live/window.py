@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 
 from dynacut.live.proc import thread_ids
-from dynacut.live.process import Process, gone
+from dynacut.live.process import Process, gone, runs_another_program
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.stop_clock import StopClock
 from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
@@ -77,6 +78,7 @@ def _attempt(
     edits = [edit for run in runs for edit in run]
     started = time.perf_counter_ns()
     with urgent(), all_stopped(process) as tracees:
+        _check_memory(process, tracees, prepared[0].address & ~7)
         busy = _find_thread(process, occupancy, tracees)
         if busy is None:
             try:
@@ -89,6 +91,13 @@ def _attempt(
                 raise
     clock.add(time.perf_counter_ns() - started)
     return busy
+
+
+def _check_memory(process: Process, tracees: dict[int, Tracee], address: int) -> None:
+    """Refuses to write to memory that is not the threads' any more: they have called execve(2) since it was opened."""
+    word = process.read(address, 8)
+    if not all(tracee.has(address, word) for tracee in islice(tracees.values(), 1)):
+        raise runs_another_program(process)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,13 @@ import psutil
 import pytest
 
 from dynacut.handlers.table import FIRST_SLOT, SLOT_COUNT, SLOT_DONE_OFFSET, SLOT_SIZE
+from dynacut.live.patcher import Patcher
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process
 from dynacut.live.tracee import Tracee, prompt_stops
+from dynacut.shared import resolve
+from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.plan import loads
 from dynacut.shared.region import find_region
 
 from .conftest import Dynacut, Rounds
@@ -23,6 +29,8 @@ from .untouched import Snapshot
 
 Start = Callable[..., Program]
 _SCOPES = ["entry", "block"]
+_SLEEPING = (219, 230)
+"""restart_syscall, once a stop has interrupted it, and clock_nanosleep"""
 
 
 @pytest.mark.parametrize("scope", _SCOPES)
@@ -160,6 +168,31 @@ def test_a_vfork_parent_is_refused_and_goes_on_afterwards(program: Start, dynacu
     assert target.ask("feature 3") == "-1"
 
 
+def test_a_process_that_runs_another_program_by_now_is_left_alone(program: Start) -> None:
+    """A vfork child is opened and then calls execve, while its parent keeps the memory that was opened."""
+    target = program("vforker")
+    child = int(target.read_line().removeprefix("child "))
+    before = Snapshot.of(target.pid)
+    plan = loads('format = 1\n[[feature]]\nname = "f"\non_hit = "return=-1"\nsites = [{ at = "feature" }]\n')
+    with Process(child) as process:
+        patches = resolve.disable(plan, process, None)
+        target.send("exec")
+        wait_until(lambda: _sleeps(child), "the other program runs")
+        with pytest.raises(DynacutError, match="runs another program") as caught:
+            Patcher(process, timeout=2).apply(patches)
+    assert caught.value.status is ExitStatus.REFUSED
+    wait_until(lambda: _sleeps(child), "the other program goes on")
+    assert Snapshot.of(target.pid) == before
+    os.kill(child, signal.SIGKILL)
+    target.expect(f"resumed {signal.SIGKILL.value}")
+    assert target.ask("feature 3") == str(feature(3))
+
+
+def _sleeps(pid: int) -> bool:
+    waits = blocked_in(pid, pid)
+    return waits is not None and waits.number in _SLEEPING
+
+
 def test_forked_children_inherit_the_patch_and_count_for_themselves(program: Start, dynacut: Dynacut) -> None:
     target = program("forker")
     elder = int(target.ask("spawn"))
@@ -194,7 +227,7 @@ def test_a_tree_is_changed_as_one(program: Start, dynacut: Dynacut) -> None:
 def test_a_descendant_that_runs_another_program_is_left_alone(program: Start, dynacut: Dynacut) -> None:
     target = program("forker")
     child, other = int(target.ask("spawn")), int(target.ask("exec"))
-    wait_until(lambda: (waits := blocked_in(other, other)) is not None and waits.number == 230, "it sleeps")
+    wait_until(lambda: _sleeps(other), "the other program runs")
     before = Snapshot.of(other)
     tree = ("live", "--pid", target.pid, "--tree")
     for _ in range(2):

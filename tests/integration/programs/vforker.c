@@ -4,6 +4,7 @@
  *
  *   (at once) -> ready, then: child PID
  *   wake      -> resumed 0            (the child has ended, with this status)
+ *   exec      -> resumed STATUS       (the child runs another program; once that has ended)
  *   feature 3 -> feature(3)           (once resumed)
  */
 #define _GNU_SOURCE
@@ -29,8 +30,10 @@ static void run_child(void)
 	line[length++] = '\n';
 	if (write(STDOUT_FILENO, line, length) != (ssize_t)length)
 		_exit(1);
-	while (read(STDIN_FILENO, &byte, 1) == 1 && byte != '\n')
-		;
+	for (used = 0; read(STDIN_FILENO, &byte, 1) == 1 && byte != '\n'; used++)
+		digits[used % (int)sizeof(digits)] = byte;
+	if (digits[0] == 'e')
+		execlp("sleep", "sleep", "1000", (char *)NULL);
 	_exit(0);
 }
 
