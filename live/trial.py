@@ -85,6 +85,7 @@ class Instance:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self.pid = pid if pid is not None else self._start()
+            admit(self.pid, changing=True)
             self._check_untouched()
         except BaseException:
             self._end()

@@ -389,3 +389,37 @@ def test_every_scope_can_be_asked_for(capsys: Capture) -> None:
     ends("live", "--help")
     text = capsys.readouterr().out
     assert all(str(scope) in text for scope in Scope)
+
+
+# What nobody has foreseen.
+
+
+def test_a_report_that_cannot_be_written_is_no_refusal() -> None:
+    """Exit status 1 would say that nothing was touched."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dynacut.cli.main", "live", "--pid", str(os.getpid())],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == ExitStatus.UNKNOWN
+    assert "No space left" in done.stderr
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+
+
+def test_without_stdout() -> None:
+    command = f"exec {sys.executable} -m dynacut.cli.main live --pid {os.getpid()} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_bug_is_told_in_two_lines(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(change_module, "look", broken)
+    assert ends("live", "--pid", str(os.getpid())) == ExitStatus.UNKNOWN
+    first, second = errors(capsys)
+    assert "KeyError" in first and "-vv" in second
