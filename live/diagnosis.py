@@ -21,6 +21,7 @@ from dynacut.shared.diagnosis import SUDO, Area, Finding, State, capability, own
 from dynacut.shared.errors import DynacutError
 
 _STOP_TIMEOUT = 2.0
+_AT_MINSIGSTKSZ = 51  # include/uapi/linux/auxvec.h
 _PR_SET_DUMPABLE = 4  # include/uapi/linux/prctl.h
 _CONTAINER = "run dynacut outside of the container, or give the container CAP_SYS_PTRACE"
 
@@ -37,6 +38,7 @@ def diagnose() -> list[Finding]:
         capability("CAP_SYS_PTRACE", Area.LIVE, "processes of other users cannot be patched", _CONTAINER),
         _seccomp(),
         _map_files(),
+        *_signal_frame(),
         *_gdb(),
     ]
 
@@ -161,6 +163,13 @@ def _map_files() -> Finding:
         mend = "run dynacut as root, with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE"
         return Finding(name, Area.LIVE, State.LIMITED, error.strerror or str(error), costs, mend)
     return Finding(name, Area.LIVE, State.OK, "readable")
+
+
+def _signal_frame() -> list[Finding]:
+    """How large a signal frame is here (AT_MINSIGSTKSZ of getauxval(3)); kernels before 5.14 do not tell."""
+    size = int(ctypes.CDLL(None).getauxval(_AT_MINSIGSTKSZ))
+    found = f"{size:,} bytes: what a thread needs on its alternate stack, if it has one"
+    return [Finding("signal frame", Area.LIVE, State.OK, found)] if size else []
 
 
 def _gdb() -> list[Finding]:
