@@ -228,6 +228,14 @@ static void pass_on(int signal, struct siginfo *info, struct ucontext *context)
 	call(next, next->handler, signal, info, context);
 }
 
+/* Whether the kernel has aborted a restartable sequence after the int3 in it: rip is the abort handler's then, behind
+ * the signature that rseq(2) wants there. */
+static bool has_aborted(uint64_t last)
+{
+	return (last & 4095) >= 3 && byte_at(last) == 0x53 && byte_at(last - 1) == 0x05 && byte_at(last - 2) == 0x30 &&
+	       byte_at(last - 3) == 0x53;
+}
+
 __attribute__((section(".text.entry"))) void dynacut_trap(int signal, struct siginfo *info, struct ucontext *context)
 {
 	struct sigcontext *registers = &context->uc_mcontext;
@@ -244,7 +252,7 @@ __attribute__((section(".text.entry"))) void dynacut_trap(int signal, struct sig
 		 * the same, and is the target's own. */
 		if (!known && byte_at(trap) == 0x03 && byte_at(trap - 1) == 0xcd)
 			pass_on(signal, info, context);
-		else
+		else if (known || !has_aborted(trap))
 			registers->rip = trap;
 		return;
 	}

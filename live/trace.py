@@ -207,7 +207,7 @@ class Trace:
                     index = offset - start
                     if 0 <= index < len(memory) and memory[index] != _INT3:
                         original = bytes(memory[index : index + 1])
-                        if original == code.elf.read(offset, 1):
+                        if original == code.elf.read(offset, 1) and not code.is_restartable(offset, offset + 1):
                             yield _Block(code, offset, size, original)
 
     def _healed(self, process: Process) -> Iterator[int]:

@@ -56,6 +56,17 @@ class Code:
         """The function that contains an offset."""
         return function_at(self.functions, offset)
 
+    @cached_property
+    def restartable(self) -> tuple[range, ...]:
+        """The offsets at which an int3 would abort a restartable sequence."""
+        from dynacut.shared.rseq import restartable_sequences
+
+        return restartable_sequences(self.elf)
+
+    def is_restartable(self, start: int, end: int) -> bool:
+        """Whether one of the offsets from start to end lies in a restartable sequence."""
+        return any(part.start < end and start < part.stop for part in self.restartable)
+
     def is_boundary(self, offset: int) -> bool:
         """Whether an instruction certainly begins at an offset.
 

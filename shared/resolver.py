@@ -202,6 +202,8 @@ class Resolver:
         length = 1 if feature.scope is Scope.ENTRY else size
         if original[:1] == INT3:
             raise MisfitError(f"{place}: the program itself has an int3 there")
+        if place.code.is_restartable(place.offset, place.offset + length):
+            raise MisfitError(f"{place} lies in a restartable sequence (rseq), which the kernel aborts at each hit")
         return TableSite(
             address=place.address,
             feature=feature.name,
