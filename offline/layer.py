@@ -28,6 +28,7 @@ from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import PAGE_SIZE
 
 _PARENT = "parent"
+_BELOW = f"{_PARENT}/"
 
 
 @dataclass
@@ -63,7 +64,7 @@ def write_image(image: Image, output: Path, *, flat: bool, extra: dict[str, byte
         writer = _LayerWriter(image, partial, written) if written.is_layer else _FlatWriter(image, partial, written)
         writer.write()
         for name, data in extra.items():
-            writer.put(Path(name), data)
+            writer.put(name, data)
         partial.rename(output)
     except OSError as error:
         raise DynacutError(f"{output} cannot be written: {error.strerror}", "give another directory by -o") from None
@@ -89,7 +90,8 @@ class _Writer:
 
     def __init__(self, image: Image, directory: Path, written: Written) -> None:
         self._image = image
-        self._directory = directory
+        self._directory = str(directory)
+        self._folders = {""}
         self._written = written
         self._changed = [process for process in image.processes if process.changed]
         self._new: dict[str, bytes] = {}
@@ -100,14 +102,26 @@ class _Writer:
         """Writes everything."""
         raise NotImplementedError
 
-    def put(self, name: Path, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
         """Writes one new file."""
-        path = self._directory / name
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(data)
+        file = self._create(name)
+        try:
+            _write_all(file, data)
+        finally:
+            os.close(file)
         self._written.bytes_written += len(data)
-        self._written.files.append(str(name))
+        self._written.files.append(name)
+
+    def _create(self, name: str) -> int:
+        return os.open(self._place(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def _place(self, name: str) -> str:
+        """Where a file is to be written, in a folder that is there. Plain strings: it is asked for each file."""
+        folder = name.rpartition("/")[0]
+        if folder not in self._folders:
+            os.makedirs(f"{self._directory}/{folder}", mode=0o700, exist_ok=True)  # noqa: PTH103
+            self._folders.add(folder)
+        return f"{self._directory}/{name}"
 
     def _repaged(self) -> list[ImageProcess]:
         """The processes whose pages have changed."""
@@ -127,9 +141,9 @@ class _LayerWriter(_Writer):
             replaced.add(pages.name)
             if process in held:
                 replaced.add(pages.pages_name)
-        self._link_all(self._image.folder, Path(), replaced)
+        self._link_all(self._image.folder, "", replaced)
         for name, data in self._new.items():
-            self.put(Path(name), data)
+            self.put(name, data)
         taken = self._link_parent(repaged)
         for process in repaged:
             below = process.memory.pages.pages_id
@@ -154,8 +168,8 @@ class _LayerWriter(_Writer):
         with parent:
             ours = {process.memory.pages.name for process in repaged}
             ours |= {below.pages_name for process in repaged if (below := process.memory.pages.parent) is not None}
-            self._link_all(parent, Path(_PARENT), ours)
-            self._link_chain(parent, Path(_PARENT, _PARENT))
+            self._link_all(parent, _BELOW, ours)
+            self._link_chain(parent, _BELOW + _BELOW)
             return set(parent.image_names()) - ours
 
     def _write_under(self, process: ImageProcess, pages_id: int) -> None:
@@ -163,54 +177,52 @@ class _LayerWriter(_Writer):
         pages, written = process.memory.pages, process.memory.written
         own = list(_without(process.memory.extents(), written))
         below = [Extent(start, end, -1, PARENT) for start, end in _runs(written)]
-        self.put(Path(pages.name), pages.with_extents(sorted([*own, *below]), pages.pages_id))
+        self.put(pages.name, pages.with_extents(sorted([*own, *below]), pages.pages_id))
         if not written and not any(extent.in_parent for extent in own):
             return
         # A page of the original's parent is found one level deeper.
         deeper = [extent for extent in own if extent.in_parent]
-        self._put_pages(process, deeper, Path(_PARENT), pages_id)
+        self._put_pages(process, deeper, _BELOW, pages_id)
 
     def _write_over(self, process: ImageProcess, pages_id: int) -> None:
         """The written pages come on top; all others from the original, below. pages_id: of its pages file there."""
         folder, pages = self._image.folder, process.memory.pages
         kept = _without(process.memory.extents(), process.memory.written)
         below = [Extent(extent.start, extent.end, -1, PARENT) for extent in kept]
-        self._put_pages(process, below, Path(), pages.pages_id)
+        self._put_pages(process, below, "", pages.pages_id)
         if pages_id == pages.pages_id:
-            self._link(folder, pages.name, Path(_PARENT, pages.name))
+            self._link(folder, pages.name, _BELOW + pages.name)
         else:
-            self.put(Path(_PARENT, pages.name), pages.with_extents(pages.extents, pages_id))
-        self._link(folder, pages.pages_name, Path(_PARENT, pages_name(pages_id)))
+            self.put(_BELOW + pages.name, pages.with_extents(pages.extents, pages_id))
+        self._link(folder, pages.pages_name, _BELOW + pages_name(pages_id))
 
-    def _put_pages(self, process: ImageProcess, others: list[Extent], where: Path, pages_id: int) -> None:
-        """A pagemap with the written pages and others that are a parent's, and the pages file."""
+    def _put_pages(self, process: ImageProcess, others: list[Extent], where: str, pages_id: int) -> None:
+        """A pagemap with the written pages and others that are a parent's, and the pages file. where: see _link_all."""
         pages, written = process.memory.pages, process.memory.written
         extents = list(others)
         offset = 0
         for start, end in _runs(written):
             extents.append(Extent(start, end, offset, PRESENT))
             offset += end - start
-        self.put(where / pages.name, pages.with_extents(sorted(extents), pages_id))
-        self.put(where / pages_name(pages_id), b"".join(written[page] for page in sorted(written)))
+        self.put(where + pages.name, pages.with_extents(sorted(extents), pages_id))
+        self.put(where + pages_name(pages_id), b"".join(written[page] for page in sorted(written)))
 
-    def _link_all(self, folder: ImageFolder, where: Path, replaced: set[str]) -> None:
-        """Links the images of a directory, but for those that are replaced."""
+    def _link_all(self, folder: ImageFolder, where: str, replaced: set[str]) -> None:
+        """Links the images of a directory, but for those that are replaced. where: empty, or a folder and a slash."""
         for name in folder.image_names():
             if name not in replaced:
-                self._link(folder, name, where / name)
+                self._link(folder, name, where + name)
 
-    def _link_chain(self, folder: ImageFolder, where: Path) -> None:
+    def _link_chain(self, folder: ImageFolder, where: str) -> None:
         """Links a directory and its parents, each as a directory below the other."""
         self._link_all(folder, where, set())
         parent = folder.parent()
         if parent is not None:
             with parent:
-                self._link_chain(parent, where / _PARENT)
+                self._link_chain(parent, where + _BELOW)
 
-    def _link(self, folder: ImageFolder, name: str, where: Path) -> None:
-        path = self._directory / where
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.link(name, path, src_dir_fd=folder.descriptor, follow_symlinks=False)
+    def _link(self, folder: ImageFolder, name: str, where: str) -> None:
+        os.link(name, self._place(where), src_dir_fd=folder.descriptor, follow_symlinks=False)
 
 
 class _FlatWriter(_Writer):
@@ -226,18 +238,18 @@ class _FlatWriter(_Writer):
                 self._write_pages(process)
                 done |= {process.memory.pages.name, process.memory.pages.pages_name}
         for name, data in self._new.items():
-            self.put(Path(name), data)
+            self.put(name, data)
             done.add(name)
         for name in folder.image_names():
             if name not in done:
                 source = folder.open(name)
                 try:
-                    self._copy(source, Path(name))
+                    self._copy(source, name)
                 finally:
                     os.close(source)
 
-    def _copy(self, source: int, name: Path) -> None:
-        output = os.open(self._directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    def _copy(self, source: int, name: str) -> None:
+        output = self._create(name)
         offset = 0
         try:
             size = os.fstat(source).st_size
@@ -252,7 +264,7 @@ class _FlatWriter(_Writer):
         kept = list(_without(process.memory.extents(), written))
         new = [Extent(start, end, -1, PRESENT) for start, end in _runs(written)]
         extents = []
-        output = os.open(self._directory / pages.pages_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        output = self._create(pages.pages_name)
         try:
             offset = 0
             for extent in sorted([*kept, *new]):
@@ -268,7 +280,7 @@ class _FlatWriter(_Writer):
             os.close(output)
         self._written.bytes_written += offset
         self._written.files.append(pages.pages_name)
-        self.put(Path(pages.name), pages.with_extents(extents, pages.pages_id))
+        self.put(pages.name, pages.with_extents(extents, pages.pages_id))
 
 
 def _write_all(output: int, data: bytes) -> None:

@@ -170,8 +170,9 @@ def write_edits(target: StoppedTarget, patches: PatchSet, frames: SignalFrames) 
         thread, inside = found
         does = "is at" if inside == thread.rip else "may return to"
         raise ThreadAmidError(f"thread {thread.tid} of {target.label} {does} {inside:#x}, amid the bytes to change")
+    reader = PageReader(target)
     for edit in patches.edits:
-        if target.read(edit.address, len(edit.old)) != edit.old:
+        if reader.read(edit.address, len(edit.old)) != edit.old:
             raise DynacutError(f"other bytes than expected at {edit.address:#x} of {target.label}")
     try:
         for edit in patches.edits:

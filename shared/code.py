@@ -33,7 +33,7 @@ class Code:
     def elf(self) -> ElfFile:
         """The ELF file the target has mapped; DynacutError if it cannot be read or is malformed."""
         try:
-            return ElfFile.open(self.module.file)
+            return self.module.elf
         except DynacutError as error:
             raise DynacutError(
                 f"{self.module.path}: {error.problem}",

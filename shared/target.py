@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from dynacut.shared.elf import ElfFile
 
 SIGTRAP = 5
 PAGE_SIZE = 4096
@@ -63,6 +66,13 @@ class Module:
     def executable_mappings(self) -> tuple[Mapping, ...]:
         """The mappings that hold code."""
         return tuple(mapping for mapping in self.mappings if mapping.executable)
+
+    @cached_property
+    def elf(self) -> ElfFile:
+        """The file, read once; DynacutError if it cannot be read or is malformed."""
+        from dynacut.shared.elf import ElfFile
+
+        return ElfFile.open(self.file)
 
 
 class Target(Protocol):

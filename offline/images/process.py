@@ -26,6 +26,7 @@ _MAX_FILE_NAME = 255  # NAME_MAX, linux/limits.h
 _MAX_PRIVATE_PAGES = 1 << 20
 # The image has the actions of signals 1 to 64 but SIGKILL's and SIGSTOP's, which nobody can set.
 _SIGNALS = tuple(number for number in range(1, 65) if number not in (9, 19))
+_PLACE_OF = {number: place for place, number in enumerate(_SIGNALS)}
 
 
 @dataclass(eq=False)
@@ -252,13 +253,15 @@ class ImageProcess:
                 thread.blocked = masks[thread.tid]
 
     def _action_message(self, signal: int) -> Message:
-        if signal not in _SIGNALS:
+        place = _PLACE_OF.get(signal)
+        if place is None:
             raise DynacutError(f"{self.label} has no action for signal {signal}")
-        return self.threads[0].core.tc.sigactions[_SIGNALS.index(signal)]
+        return self.threads[0].core.tc.sigactions[place]
 
     def caught_signals(self) -> list[int]:
         """The signals that the process handles itself."""
-        return [number for number in _SIGNALS if self.action(number).handler > 1]
+        actions = self.threads[0].core.tc.sigactions
+        return [number for number, action in zip(_SIGNALS, actions, strict=True) if action.sigaction > 1]
 
     def check_file(self, address: int) -> None:
         """Verifies that the file mapped at an address is the one that was mapped when the image was made.
@@ -273,7 +276,9 @@ class ImageProcess:
         if path in self._checked_files:
             return
         os.close(open_mapped(path, vma.file))
-        build_id = ElfFile.open(Path(path)).build_id or ""
+        # The sites were verified against the module's file as it was read then: that must be of this build-id.
+        module = next((module for module in self._modules if module.file == Path(path)), None)
+        build_id = (module.elf if module else ElfFile.open(Path(path))).build_id or ""
         recorded = vma.file.build_id.hex()
         # CRIU pads it to words of four bytes.
         if recorded and recorded.removesuffix("00" * 3)[: len(build_id)] != build_id[: len(recorded)]:
