@@ -282,13 +282,13 @@ class Held:
                 status=ExitStatus.UNKNOWN,
             )
 
-    def pause(self, otherwise: DynacutError, seconds: float = PAUSE) -> None:
-        """Lets the process run for a moment and holds it again.
+    def pause(self, otherwise: DynacutError, seconds: float = PAUSE, patience: float = 0) -> None:
+        """Lets the process run for a moment and holds it again. patience: a time.monotonic() that time lasts at least.
 
         Raises:
             DynacutError: otherwise, if time is up; or the process cannot be held again.
         """
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > max(self.deadline, patience):
             raise otherwise
         self.release()
         time.sleep(seconds)

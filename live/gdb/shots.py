@@ -10,6 +10,7 @@ registers itself, has run.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 
 _RSEQ_CS_OFFSET = 8
 _LONGEST_PAUSE = 0.2
+_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def shoot(held: Held, shots: Sequence[Shot]) -> None:
         DynacutError: a thread is at no safe place until the deadline, or does not come to the stub's end (UNKNOWN).
     """
     waiting, sent = list(shots), list[Shot]()
-    pause = PAUSE
+    pause, patience = PAUSE, time.monotonic() + _PATIENCE  # the timeout is for waiting, not for what goes on already
     while waiting or sent:
         for shot in list(waiting):
             thread = _safe_thread(held, shot.tid)
@@ -52,7 +54,10 @@ def shoot(held: Held, shots: Sequence[Shot]) -> None:
                 _send(held, thread, shot)
                 waiting.remove(shot)
                 sent.append(shot)
-        held.pause(_unfinished(held, sent[0]) if sent else _not_stopped(held), pause)
+        if sent:
+            held.pause(_unfinished(held, sent[0]), pause, patience)
+        else:
+            held.pause(_not_stopped(held), pause)
         # On a busy machine a thread that is let go gets no processor for a while, and would be held again before that.
         pause = min(2 * pause, _LONGEST_PAUSE)
         sent = [shot for shot in sent if not shot.done() and not _has_ended(held, shot)]
