@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dynacut.shared.cache_folder import cache_folder
 from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.functions import FunctionRange, function_at, function_ranges
+from dynacut.shared.functions import FunctionRange, function_at
 from dynacut.shared.target import Module, Target
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ class Code:
 
     @cached_property
     def functions(self) -> tuple[FunctionRange, ...]:
-        """The ranges of all functions, ascending."""
-        return function_ranges(self.elf)
+        """The ranges of all functions, ascending, from the cache where it has them."""
+        from dynacut.shared.function_cache import cached_function_ranges
+
+        return cached_function_ranges(self.elf)
 
     def function_at(self, offset: int) -> FunctionRange | None:
         """The function that contains an offset."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
-from pathlib import Path
 
 from dynacut.handlers.table import Action, TableSite
-from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.page_reader import PageReader
 from dynacut.shared.patch_set import ByteEdit
@@ -28,8 +26,7 @@ class SiteMemory:
         self._mappings = target.mappings
         self._starts = [mapping.start for mapping in self._mappings]
         self._last: tuple[Mapping, ...] = ()
-        self._files = {part.start: module.file for module in target.modules for part in module.mappings}
-        self._opened: dict[Path, memoryview] = {}
+        self._modules = {part.start: module for module in target.modules for part in module.mappings}
 
     def parts(self, address: int, size: int) -> tuple[Mapping, ...]:
         """The mappings that hold some bytes, ascending; none if not all of them are mapped."""
@@ -74,14 +71,12 @@ class SiteMemory:
         """
         data = b""
         for part in self.parts(site.address, len(site.old)):
-            file = self._files.get(part.start)
-            if file is None or not part.executable or not part.private:
+            module = self._modules.get(part.start)
+            if module is None or not part.executable or not part.private:
                 break
-            if file not in self._opened:
-                self._opened[file] = ElfFile.open(file).data
             start = max(site.address, part.start)
             position = part.file_offset + start - part.start
-            data += self._opened[file][position : position + min(site.end, part.end) - start]
+            data += module.elf.data[position : position + min(site.end, part.end) - start]
         if len(data) != len(site.old):
             raise DynacutError("no code of a file is mapped there")
         return data
