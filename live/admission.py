@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
+from dynacut.live.own_memory import await_own_memory
 from dynacut.live.proc import TaskStatus, task_status, thread_ids
 from dynacut.live.process import gone
 from dynacut.live.refusal import NeedsCheckpointError
@@ -14,6 +16,8 @@ from dynacut.shared.errors import DynacutError
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _ELFCLASS64 = 2
+_SHARING = 0.5
+"""Seconds in which a vfork is over, as a rule."""
 YAMA_3_ADVICE = (
     "set kernel.yama.ptrace_scope lower in /etc/sysctl.d and start the machine again: it cannot be lowered before, and "
     "CRIU may not trace either"
@@ -43,6 +47,10 @@ def admit(pid: int, *, changing: bool) -> None:
     for tid in thread_ids(pid):
         with suppress(OSError):  # a thread that ends meanwhile
             _check_thread(label, task_status(pid, tid))
+    try:
+        await_own_memory(pid, time.monotonic() + _SHARING)
+    except OSError:
+        raise gone(pid) from None
 
 
 def check_not_first(pid: int) -> None:

@@ -10,6 +10,7 @@ from dynacut.handlers.table import Table
 from dynacut.live.admission import admit
 from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
+from dynacut.live.own_memory import SharedMemoryError
 from dynacut.live.patcher import locked
 from dynacut.live.process import Process
 from dynacut.live.stop_clock import StopClock
@@ -66,16 +67,13 @@ def change(
     """
     outcome = Outcome()
     with ExitStack() as stack:
-        opened: dict[int, Process] = {}
-        seen: set[int] = set()
-        """Those that are opened, and those that were passed over for good."""
+        work = _Work(pid, resolve, timeout, engine, dry_run, stack, outcome)
         for turn in range(_MAX_ROUNDS):
-            new = [each for each in (descendants(pid) if tree else [pid]) if each not in seen]
+            new = [each for each in (descendants(pid) if tree else [pid]) if each not in work.seen]
             if not new:
                 break
-            seen.update(new)
             try:
-                resolved = _resolve_all(new, resolve, pid, opened, stack, outcome, timeout, engine, dry_run=dry_run)
+                resolved = work.resolve_all(new, is_last=turn == _MAX_ROUNDS - 1)
             except DynacutError as error:
                 if turn > 0:
                     _blame(error, outcome)
@@ -84,7 +82,7 @@ def change(
                 outcome.edits += len(patches.edits)
                 if not dry_run:
                     _apply(patcher, patches, outcome, process)
-        for process in opened.values():
+        for process in work.opened.values():
             try:
                 process.refresh()
                 outcome.processes.append(inspect(process, thorough=False))
@@ -99,43 +97,57 @@ def change(
     return outcome
 
 
-def _resolve_all(
-    pids: Sequence[int],
-    resolve: Resolve,
-    root: int,
-    opened: dict[int, Process],
-    stack: ExitStack,
-    outcome: Outcome,
-    timeout: float,
-    engine: Engine,
-    *,
-    dry_run: bool,
-) -> list[tuple[Process, Patching, PatchSet]]:
-    resolved = []
-    for pid in pids:
-        try:
-            admit(pid, changing=True)
-            stack.enter_context(locked(pid))
-            process = stack.enter_context(Process(pid))
-        except DynacutError:
-            if pid != root and not _is_alive(pid):
-                continue  # a short-lived child
-            raise
-        if not dry_run:
-            left_behind = stop_trace(process, timeout, outcome.clock)  # by a tracer that was killed
-            outcome.edits += left_behind
-            outcome.changed = outcome.changed or left_behind > 0
-        patcher = patcher_of(engine)(process, timeout, outcome.clock)
-        try:
-            patches = resolve(process, patcher.table())
-        except DynacutError as error:
-            if pid == root or process.exe == opened[root].exe:
+@dataclass
+class _Work:
+    """A change under way. seen: the processes that are opened, and those that are passed over for good."""
+
+    root: int
+    resolve: Resolve
+    timeout: float
+    engine: Engine
+    dry_run: bool
+    stack: ExitStack
+    outcome: Outcome
+    opened: dict[int, Process] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    def resolve_all(self, pids: Sequence[int], *, is_last: bool) -> list[tuple[Process, Patching, PatchSet]]:
+        """Opens processes and verifies the change against each. is_last: whether there is no further round.
+
+        Raises:
+            DynacutError: the change does not fit one of them.
+        """
+        resolved = []
+        self.seen.update(pids)
+        for pid in pids:
+            try:
+                admit(pid, changing=True)
+                self.stack.enter_context(locked(pid))
+                process = self.stack.enter_context(Process(pid))
+            except SharedMemoryError:
+                if pid == self.root or is_last:
+                    raise
+                self.seen.discard(pid)  # amid vfork: looked at again in the next round
+                continue
+            except DynacutError:
+                if pid != self.root and not _is_alive(pid):
+                    continue  # a short-lived child
                 raise
-            outcome.skipped.append(f"{process.label} runs {process.exe}: {error.problem}")
-            continue
-        opened[pid] = process
-        resolved.append((process, patcher, patches))
-    return resolved
+            if not self.dry_run:
+                left_behind = stop_trace(process, self.timeout, self.outcome.clock)  # by a tracer that was killed
+                self.outcome.edits += left_behind
+                self.outcome.changed = self.outcome.changed or left_behind > 0
+            patcher = patcher_of(self.engine)(process, self.timeout, self.outcome.clock)
+            try:
+                patches = self.resolve(process, patcher.table())
+            except DynacutError as error:
+                if pid == self.root or process.exe == self.opened[self.root].exe:
+                    raise
+                self.outcome.skipped.append(f"{process.label} runs {process.exe}: {error.problem}")
+                continue
+            self.opened[pid] = process
+            resolved.append((process, patcher, patches))
+        return resolved
 
 
 def _apply(patcher: Patching, patches: PatchSet, outcome: Outcome, process: Process) -> None:

@@ -29,6 +29,7 @@ from dynacut.handlers.table import (
     Write,
 )
 from dynacut.live import masks
+from dynacut.live.own_memory import await_own_memory
 from dynacut.live.passage import all_seen_outside
 from dynacut.live.proc import task_status
 from dynacut.live.process import Process, gone
@@ -190,9 +191,10 @@ class Patcher:
                     remote.sigactions(region, {SIGTRAP: ours})
             write_all(process, region, [Write(OBSERVED_OFFSET, ours.pack())])
             # A fork copies the signal actions before the memory (copy_process in kernel/fork.c): a child of one that
-            # began before this must not get an int3 without the handler.
-            if not all_seen_outside(process, region, self.clock, self._deadline):
+            # began before this must not get an int3 without the handler, nor one that shares the memory.
+            if not all_seen_outside(process, region, self.clock, self._deadline, forks=True):
                 raise _not_seen(process)
+            await_own_memory(process.pid, self._deadline)
         repairs = masks.unmask_handlers(process, region, table, remote, actions)
         masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock, self._deadline)
         if not task_status(process.pid).caught & SIGTRAP_BIT:

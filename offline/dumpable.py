@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from dynacut.offline import processes
+from dynacut.shared.address_space import shares_memory
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import SIGTRAP
 
@@ -88,7 +89,7 @@ def _check_process(pid: int, outer_parent: int | None) -> None:
         return  # CRIU dumps zombies
     label = processes.described(pid)
     parent = int(status["PPid"]) if outer_parent is None else outer_parent
-    if parent and processes.shares_memory(pid, parent):
+    if parent and shares_memory(pid, parent):
         raise DynacutError(
             f"{processes.described(parent)} has just started {label} by vfork, and CRIU cannot dump the two meanwhile",
             "try again: this takes an instant as a rule",

@@ -1,6 +1,6 @@
 """Processes around a checkpoint: what /proc says of them, which belong together, and when they are gone.
 
-Source: proc(5), PR_SET_CHILD_SUBREAPER in prctl(2), kcmp(2).
+Source: proc(5), PR_SET_CHILD_SUBREAPER in prctl(2).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pathlib import Path
 from dynacut.shared.errors import DynacutError
 
 _PR_SET_CHILD_SUBREAPER = 36
-_SYS_KCMP = 312
-_KCMP_VM = 1
 _POLL_SECONDS = 0.001
 
 
@@ -75,12 +73,6 @@ def tree_of(pid: int) -> list[int]:
             with suppress(OSError):
                 tree += map(int, Path(f"/proc/{parent}/task/{tid}/children").read_text().split())
     return tree
-
-
-def shares_memory(one: int, other: int) -> bool:
-    """Whether two processes have one address space, as after vfork. False where the kernel does not tell."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return bool(libc.syscall(_SYS_KCMP, one, other, _KCMP_VM, 0, 0) == 0)
 
 
 def become_subreaper() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import psutil
 import pytest
 
 from dynacut.handlers.table import FIRST_SLOT, SLOT_COUNT, SLOT_DONE_OFFSET, SLOT_SIZE
+from dynacut.live.passage import all_seen_outside
 from dynacut.live.patcher import Patcher
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process
+from dynacut.live.stop_clock import StopClock
 from dynacut.live.tracee import Tracee, prompt_stops
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import loads
-from dynacut.shared.region import find_region
+from dynacut.shared.region import Region, find_region
 
 from .conftest import Dynacut, Rounds
 from .programs import DENIED, Program, feature
@@ -31,6 +34,7 @@ Start = Callable[..., Program]
 _SCOPES = ["entry", "block"]
 _SLEEPING = (219, 230)
 """restart_syscall, once a stop has interrupted it, and clock_nanosleep"""
+_PLAN = loads('format = 1\n[[feature]]\nname = "f"\non_hit = "return=-1"\nsites = [{ at = "feature" }]\n')
 
 
 @pytest.mark.parametrize("scope", _SCOPES)
@@ -168,14 +172,53 @@ def test_a_vfork_parent_is_refused_and_goes_on_afterwards(program: Start, dynacu
     assert target.ask("feature 3") == "-1"
 
 
+@pytest.mark.parametrize("arguments", [(), ("share",)])
+def test_who_shares_its_memory_with_another_process_is_refused(
+    program: Start, dynacut: Dynacut, arguments: tuple[str, ...]
+) -> None:
+    """An int3 for the one would be in both, and the handler in one."""
+    target = program("vforker", *arguments)
+    child = int(target.read_line().removeprefix("child "))
+    before = Snapshot.of(target.pid)
+    for pid, other in ((target.pid, child), (child, target.pid)):
+        done = dynacut("live", "--pid", pid, "--disable", "feature", "--on-hit", "return=-1")
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 2), done.stderr
+        assert f"shares its memory with process {other} (vforker)" in done.stderr
+    assert Snapshot.of(target.pid) == before
+    assert target.ask("wake") == "resumed 0"
+    dynacut.json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1")
+    assert target.ask("feature 3") == "-1"
+
+
+@pytest.mark.parametrize("arguments", [(), ("share",)])
+def test_no_int3_is_written_while_a_child_without_the_handler_has_the_memory(
+    program: Start, arguments: tuple[str, ...]
+) -> None:
+    """It was begun before the handler was installed, and after the process was admitted."""
+    target = program("vforker", *arguments)
+    assert target.read_line().startswith("child ")
+    wait_until(lambda: task_status(target.pid).state == ("S" if arguments else "D"), "the parent waits for its child")
+    before = Snapshot.of(target.pid)
+    with Process(target.pid) as process:
+        with pytest.raises(DynacutError) as caught:
+            Patcher(process, timeout=1).apply(resolve.disable(_PLAN, process, None))
+        assert caught.value.status is ExitStatus.REFUSED
+        assert Snapshot.of(target.pid) == before
+        outside = Region(1 << 20, 1 << 20)
+        assert all_seen_outside(process, outside, StopClock(), time.monotonic() + 0.5)
+        if not arguments:
+            assert not all_seen_outside(process, outside, StopClock(), time.monotonic() + 0.5, forks=True)
+    assert target.ask("wake") == "resumed 0"
+    assert target.ask("feature 3") == str(feature(3))
+
+
 def test_a_process_that_runs_another_program_by_now_is_left_alone(program: Start) -> None:
     """A vfork child is opened and then calls execve, while its parent keeps the memory that was opened."""
     target = program("vforker")
     child = int(target.read_line().removeprefix("child "))
     before = Snapshot.of(target.pid)
-    plan = loads('format = 1\n[[feature]]\nname = "f"\non_hit = "return=-1"\nsites = [{ at = "feature" }]\n')
     with Process(child) as process:
-        patches = resolve.disable(plan, process, None)
+        patches = resolve.disable(_PLAN, process, None)
         target.send("exec")
         wait_until(lambda: _sleeps(child), "the other program runs")
         with pytest.raises(DynacutError, match="runs another program") as caught:

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
- * Sits in vfork, where it cannot be stopped, until the child is told to end.
+ * Sits in vfork, where it cannot be stopped, until the child is told to end. With an argument: in waitpid, the child
+ * having its memory all the same.
  *
  *   (at once) -> ready, then: child PID
  *   wake      -> resumed 0            (the child has ended, with this status)
@@ -8,6 +9,7 @@
  *   feature 3 -> feature(3)           (once resumed)
  */
 #define _GNU_SOURCE
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -16,7 +18,7 @@
 #include "feature.h"
 
 /* In the child, on the parent's memory: only system calls. */
-static void run_child(void)
+static int run_child(void *unused)
 {
 	char line[32] = "child ", digits[16], byte;
 	size_t length = strlen(line);
@@ -35,20 +37,22 @@ static void run_child(void)
 	if (digits[0] == 'e')
 		execlp("sleep", "sleep", "1000", (char *)NULL);
 	_exit(0);
+	return *(int *)unused;
 }
 
-int main(void)
+int main(int count, char **arguments)
 {
+	static char stack[1 << 16] __attribute__((aligned(16)));
 	char word[32];
 	long number;
 	int status;
 
 	say_ready();
-	pid_t child = vfork();
+	pid_t child = count > 1 ? clone(run_child, stack + sizeof(stack), CLONE_VM | SIGCHLD, arguments) : vfork();
 	if (child < 0)
 		fail("vfork");
 	if (child == 0)
-		run_child();
+		run_child(NULL);
 	if (waitpid(child, &status, 0) != child)
 		fail("waitpid");
 	printf("resumed %d\n", status);
