@@ -25,7 +25,8 @@ _INT3 = 0xCC
 _STOP_TIMEOUT = 0.5
 _PAUSE = 0.002
 _OPEN_ATTEMPTS = 25
-_CLOSED_SECONDS = 1.0
+_CLOSED_SECONDS = 5.0
+"""In which threads that were amid the edits leave them, also where many have to share a busy processor."""
 
 
 def write_in_window(
