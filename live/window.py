@@ -23,6 +23,7 @@ from dynacut.shared.target import PAGE_SIZE
 
 _INT3 = 0xCC
 _STOP_TIMEOUT = 0.5
+_ALL_STOPPED_TIMEOUT = 2.0
 _PAUSE = 0.002
 _OPEN_ATTEMPTS = 25
 _CLOSED_SECONDS = 5.0
@@ -109,14 +110,19 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
         DynacutError: a thread cannot be stopped or traced; all are let go.
     """
     held: dict[int, Tracee] = {}
+    ended: set[int] = set()
+    """Those listed all the same: a main thread that has ended is a zombie until the others have."""
+    give_up = time.monotonic() + _ALL_STOPPED_TIMEOUT
     with ExitStack() as stack:
         while True:
             try:
-                new = [tid for tid in thread_ids(process.pid) if tid not in held]
-            except OSError:
+                new = [tid for tid in thread_ids(process.pid) if tid not in held and tid not in ended]
+            except (FileNotFoundError, ProcessLookupError):
                 raise gone(process.pid) from None
             if not new:
                 break
+            if time.monotonic() > give_up:
+                raise NeedsCheckpointError(f"{process.label} keeps making threads", "try again")
             started: list[Tracee] = []
             for tid in new:
                 try:
@@ -124,7 +130,7 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
                     tracee.request_interrupt()
                     started.append(tracee)
                 except ThreadGoneError:
-                    continue
+                    ended.add(tid)
                 except NoStopError:
                     raise _does_not_stop(process, tid) from None
             deadline = time.perf_counter_ns() + int(_STOP_TIMEOUT * 1e9)
@@ -133,7 +139,7 @@ def all_stopped(process: Process) -> Iterator[dict[int, Tracee]]:
                     tracee.await_stop(deadline)
                     held[tracee.tid] = tracee
                 except ThreadGoneError:
-                    continue
+                    ended.add(tracee.tid)
                 except NoStopError:
                     raise _does_not_stop(process, tracee.tid) from None
         yield held

@@ -19,6 +19,7 @@ from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process
 from dynacut.live.stop_clock import StopClock
 from dynacut.live.tracee import Tracee, prompt_stops
+from dynacut.live.window import all_stopped
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import loads
@@ -68,6 +69,17 @@ def test_no_thread_of_many_is_left_stopped(program: Start, rounds: Rounds) -> No
     cycle(target, len(rounds(4)), "--disable feature --on-hit redirect=denied", "--undo")
     assert [tid for tid in thread_ids(target.pid) if task_status(target.pid, tid).state in "tT"] == []
     assert target.counters("stop")["wrong"] == 0
+
+
+def test_a_main_thread_that_ends_is_not_waited_for(program: Start) -> None:
+    """It stays listed, a zombie, until the others have ended."""
+    target = program("headless")
+    with Process(target.pid) as process:
+        assert target.ask("end") == "ended"
+        wait_until(lambda: task_status(target.pid).state == "Z", "the main thread has ended")
+        with prompt_stops(), all_stopped(process) as held:
+            assert list(held) == [tid for tid in thread_ids(target.pid) if tid != target.pid]
+    assert target.ask("feature 3") == str(feature(3))
 
 
 def test_a_stub_that_a_thread_is_in_is_not_overwritten(program: Start, dynacut: Dynacut) -> None:
