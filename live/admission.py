@@ -44,10 +44,10 @@ def admit(pid: int, *, changing: bool) -> None:
     if not changing:
         return
     check_not_stopped(pid, label, status)
-    for tid in thread_ids(pid):
-        with suppress(OSError):  # a thread that ends meanwhile
-            _check_thread(label, task_status(pid, tid))
     try:
+        for tid in thread_ids(pid):
+            with suppress(OSError):  # a thread that ends meanwhile
+                _check_thread(label, task_status(pid, tid))
         await_own_memory(pid, time.monotonic() + _SHARING)
     except OSError:
         raise gone(pid) from None

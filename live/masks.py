@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dynacut.handlers.table import KernelAction, Repair, RepairKind, Table
+from dynacut.handlers.table import REPAIR_CAPACITY, KernelAction, Repair, RepairKind, Table
 from dynacut.live.proc import blocked_in, ran_ns, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.refusal import NeedsCheckpointError
@@ -66,14 +66,24 @@ def unblock_threads(process: Process, region: Region, table: Table, clock: StopC
     mask it had before, and the new thread inherits it.
 
     Raises:
-        DynacutError: a thread cannot be stopped, or the threads never come to rest.
+        DynacutError: a thread cannot be stopped, the threads never come to rest, or they are too many.
     """
-    repairs = list(table.repairs)
+    repairs = [
+        each for each in table.repairs if each.kind is not RepairKind.THREAD_MASK or _is_the_same(process.pid, each)
+    ]
+    known = len(repairs)
     quiet = 0
     looked_at: set[int] = set()
     while quiet < _QUIET_LOOKS:
         made = 0
-        for tid in _suspects(process.pid, looked_at):
+        suspects = _suspects(process.pid, looked_at)
+        recorded = {repair.id for repair in repairs if repair.kind is RepairKind.THREAD_MASK}
+        if len(repairs) + len(set(suspects) - recorded) > REPAIR_CAPACITY:
+            raise DynacutError(
+                f"{len(suspects)} threads of {process.label} block SIGTRAP, more than can be recorded",
+                "nothing was disabled; let the program block SIGTRAP in fewer threads",
+            )
+        for tid in suspects:
             try:
                 with urgent(), Tracee(tid) as tracee:
                     tracee.interrupt(_STOP_TIMEOUT)
@@ -93,7 +103,7 @@ def unblock_threads(process: Process, region: Region, table: Table, clock: StopC
                     f"thread {tid} of {process.label} blocks SIGTRAP and could not be stopped to change that",
                     "nothing was disabled; try again",
                 ) from None
-        if not made and not repairs[len(table.repairs) :]:
+        if not made and not repairs[known:]:
             break
         quiet = 0 if made else quiet + 1
         if time.monotonic() > deadline:

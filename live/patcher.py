@@ -23,7 +23,6 @@ from dynacut.handlers.table import (
     PREVIOUS_OFFSET,
     TRACE_MAGIC,
     KernelAction,
-    Layout,
     Table,
     TableFullError,
     Write,
@@ -44,7 +43,15 @@ from dynacut.shared.apply import SIGTRAP_BIT, check_written, vacated
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
-from dynacut.shared.region import Region, find_region, is_our_handler, new_table, original_action, read_table
+from dynacut.shared.region import (
+    Region,
+    find_region,
+    is_our_handler,
+    layout_for,
+    new_table,
+    original_action,
+    read_table,
+)
 from dynacut.shared.rollback import standing_edits
 from dynacut.shared.target import SIGTRAP
 
@@ -105,18 +112,32 @@ class Patcher:
             DynacutError: with status REFUSED nothing but the handler's mapping has changed; CHECK_FAILED: the
             target was changed, but not as it should be; UNKNOWN: it cannot be told.
         """
-        with prompt_stops():
-            match patches.handler:
-                case HandlerChange.INSTALL:
-                    self._switch_off(patches)
-                case HandlerChange.KEEP:
-                    self._fill(patches)
-                    self._write([*patches.edits, *vacated(self.process, patches)])
-                    self._drop(patches)
-                    self._set_contents(patches)
-                case HandlerChange.REMOVE:
-                    self._undo(patches)
-        check_written(self.process, patches)
+        try:
+            with prompt_stops():
+                match patches.handler:
+                    case HandlerChange.INSTALL:
+                        self._switch_off(patches)
+                    case HandlerChange.KEEP:
+                        self._fill(patches)
+                        self._write([*patches.edits, *vacated(self.process, patches)])
+                        self._drop(patches)
+                        self._set_contents(patches)
+                    case HandlerChange.REMOVE:
+                        self._undo(patches)
+            check_written(self.process, patches)
+        except OSError as problem:
+            error = self._explained(problem)
+            error.status = ExitStatus.UNKNOWN
+            raise error from problem
+
+    def _explained(self, problem: OSError) -> DynacutError:
+        """What the failure of a system call means: as a rule that the process has ended meanwhile."""
+        try:
+            if task_status(self.process.pid).state not in "ZX":
+                return DynacutError(f"{self.process.label} could not be changed: {problem}", "try again")
+        except OSError:
+            pass
+        return gone(self.process.pid)
 
     def _set_contents(self, patches: PatchSet) -> None:
         """Makes the table say what it shall say afterwards, where that is something else than before."""
@@ -139,8 +160,12 @@ class Patcher:
             if outgrown is not None:
                 retire(self.process, outgrown)
             self._write(patches.edits, SignalFrames(restorers, region.restorer))
-        except DynacutError as error:
+        except OSError as problem:
+            error = self._explained(problem)
             self._retreat(patches, error)
+            raise error from problem
+        except Exception as problem:
+            self._retreat(patches, problem if isinstance(problem, DynacutError) else DynacutError(str(problem)))
             raise
         self._remote.unmap(region, patches.unmap)
 
@@ -157,8 +182,7 @@ class Patcher:
             else:
                 write_all(process, found.region, writes)
                 return found.region, read_table(process, found.region), None
-        heap = sum(len(site.old) + len(site.new) for site in patches.sites)
-        layout = Layout.for_contents(len(patches.sites), heap, shared=self.magic == TRACE_MAGIC)
+        layout = layout_for(patches.features, patches.sites, shared=self.magic == TRACE_MAGIC)
         if found is not None and old is None and found.region.table_size == layout.size:
             region = found.region  # mapped by a patcher that was killed before it filled it
         else:
@@ -278,7 +302,7 @@ class Patcher:
             else:
                 self.restart_clock()
                 self._remove(found.region, found.table)
-        except DynacutError:
+        except (DynacutError, OSError):
             error.status = ExitStatus.UNKNOWN
 
     def _write(self, edits: Sequence[ByteEdit], frames: SignalFrames = NO_FRAMES) -> None:

@@ -22,7 +22,6 @@ from dynacut.handlers.table import (
     RETIRED_MAGICS,
     Action,
     KernelAction,
-    Layout,
     Repair,
     RepairKind,
     Table,
@@ -41,6 +40,7 @@ from dynacut.shared.region import (
     choose_address,
     find_region,
     is_our_handler,
+    layout_for,
     new_table,
     original_action,
     read_table,
@@ -264,8 +264,7 @@ def _prepare(target: StoppedTarget, patches: PatchSet) -> tuple[Region, Table, R
             pass
         else:
             return found.region, read_table(target, found.region), None
-    heap = sum(len(site.old) + len(site.new) for site in patches.sites)
-    layout = Layout.for_contents(len(patches.sites), heap)
+    layout = layout_for(patches.features, patches.sites)
     if found is not None and old is None and found.region.table_size == layout.size:
         region = found.region  # mapped by a patcher that was killed before it filled it
     else:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from dynacut.handlers.blob import HANDLER_ENTRY, HANDLER_RESTORER
 from dynacut.handlers.table import (
     CODE_SIZE,
+    FEATURE_CAPACITY,
     HEADER_SIZE,
     MAGIC,
     NO_LIBRARY,
@@ -19,6 +20,7 @@ from dynacut.handlers.table import (
     Layout,
     Table,
     TableError,
+    TableFullError,
     TableSite,
     UserLibrary,
     Write,
@@ -226,6 +228,24 @@ def free_place(target: Target, size: int, distance: int, taken: range = range(0)
         if address > start and address + size < end:
             return address
     return None
+
+
+def layout_for(features: Sequence[str], sites: Sequence[TableSite], *, shared: bool = False) -> Layout:
+    """The layout of a new table with room for these contents.
+
+    Raises:
+        DynacutError: they are more than any table can hold.
+    """
+    if len(features) > FEATURE_CAPACITY:
+        raise DynacutError(
+            f"{len(features)} features, those known already included, are more than the {FEATURE_CAPACITY} of a table",
+            "put several sites into one feature, or undo first what is not needed any more",
+        )
+    try:
+        heap = sum(len(site.old) + len(site.new) for site in sites)
+        return Layout.for_contents(len(sites), heap, shared=shared)
+    except TableFullError as error:
+        raise DynacutError(str(error), "disable less at a time") from None
 
 
 def user_of(table: Table | None) -> UserLibrary:

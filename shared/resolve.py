@@ -11,7 +11,7 @@ from dynacut.shared.holes import Patched, holes_to_make
 from dynacut.shared.library import Library
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet, outside
 from dynacut.shared.plan import Plan
-from dynacut.shared.region import user_of
+from dynacut.shared.region import layout_for, user_of
 from dynacut.shared.resolver import Resolver
 from dynacut.shared.restoring import check_believable, restoring, unloaded
 from dynacut.shared.sites import Ask
@@ -60,6 +60,7 @@ def disable(
     in_memory = [(site, target.read(site.address, len(site.old))) for site in sites if site.feature in replaced]
     edits = tuple(ByteEdit(site.address, found, site.new) for site, found in in_memory if found != site.new)
     features = (*known_features, *(name for name in plan.feature_names if name not in known_features))
+    layout_for(features, sites)
     return PatchSet(
         edits,
         HandlerChange.INSTALL,

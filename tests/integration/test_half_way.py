@@ -1,13 +1,16 @@
-"""Changes that fail half-way, as the target changes itself just then: nothing of them may stay without its handler."""
+"""Changes that fail half-way, or would: nothing may stay without its handler, and the error says how things are."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dynacut.handlers.table import Table
+from dynacut.handlers.table import FEATURE_CAPACITY, REPAIR_CAPACITY, Table
+from dynacut.live import masks
 from dynacut.live.change import change
 from dynacut.live.process import Process
 from dynacut.shared import resolve
@@ -16,6 +19,7 @@ from dynacut.shared.patch_set import PatchSet
 from dynacut.shared.plan import loads
 from dynacut.shared.target import Target
 
+from .conftest import Dynacut
 from .programs import DENIED, Program, compile_program, feature
 from .untouched import Snapshot
 
@@ -73,3 +77,56 @@ def test_a_plugin_that_is_unloaded_amid_the_writing(
     monkeypatch.undo()
     change(target.pid, disable, tree=False, dry_run=False, timeout=10)
     assert (target.ask("feature 3"), target.ask("plug 3")) == (str(DENIED), str(DENIED))
+
+
+def test_a_process_that_ends_amid_the_change(program: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = program("counter")
+    caught_signals = masks.caught_signals
+
+    def end(pid: int) -> list[int]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return caught_signals(pid)
+
+    monkeypatch.setattr(masks, "caught_signals", end)
+    plan = loads('format = 1\n[[feature]]\nname = "f"\non_hit = "return=-1"\nsites = [{ at = "feature" }]\n')
+    with pytest.raises(DynacutError, match="ended during the change") as caught:
+        change(target.pid, lambda *seen: resolve.disable(plan, *seen), tree=False, dry_run=False, timeout=5)
+    assert caught.value.status is ExitStatus.CHECK_FAILED
+
+
+def test_more_features_than_a_table_holds(program: Start, dynacut: Dynacut, tmp_path: Path) -> None:
+    source = tmp_path / "many.c"
+    names = [f"many{number}" for number in range(FEATURE_CAPACITY + 1)]
+    source.write_text("".join(f"__attribute__((noipa, used)) int {name}(void) {{ return 1; }}\n" for name in names))
+    target = program("counter", flags=("-Wno-missing-prototypes", str(source)))
+    plan = tmp_path / "plan.toml"
+
+    def write(chosen: list[str]) -> None:
+        features = (f'[[feature]]\nname = "{name}"\nsites = [{{ at = "{name}" }}]\n' for name in chosen)
+        plan.write_text("format = 1\n" + "".join(features))
+
+    write(names[:-1])
+    assert len(dynacut.json("live", "--pid", target.pid, "--plan", plan)["features"]) == FEATURE_CAPACITY
+    write(names[-1:])
+    maps = Path(f"/proc/{target.pid}/maps")
+    before = maps.read_text()
+    done = dynacut("live", "--pid", target.pid, "--plan", plan)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 2), done.stderr
+    assert f"{FEATURE_CAPACITY + 1} features" in done.stderr
+    assert maps.read_text() == before
+    assert target.ask("feature 3") == str(feature(3))
+
+
+def test_more_blocking_threads_than_a_table_holds(tmp_path: Path, dynacut: Dynacut) -> None:
+    try:
+        target = Program(compile_program("blockers", tmp_path), REPAIR_CAPACITY + 1, timeout=60)
+    except EOFError:
+        pytest.skip("so many threads may not be made here")
+    with target:
+        before = Snapshot.of(target.pid)
+        done = dynacut("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1")
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 2), done.stderr
+        assert f"{REPAIR_CAPACITY + 1} threads" in done.stderr
+        assert Snapshot.of(target.pid) == before
+        assert target.ask("feature 3") == str(feature(3))
