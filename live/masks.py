@@ -1,15 +1,17 @@
 """Signal masks that would turn an int3 into a sudden death: cleared of SIGTRAP, recorded, and put back.
 
 The kernel ends a process whose thread runs into an int3 while it blocks SIGTRAP (force_sig_info_to_task in
-kernel/signal.c). Three things block it: a thread's mask, the sa_mask of a handler while that runs, and the temporary
-mask of ppoll and its like. That one lasts only as long as the thread sleeps and needs nothing itself, but /proc shows
-it instead of the thread's own; PTRACE_GETSIGMASK gives that.
+kernel/signal.c). Four things block it: a thread's mask, the sa_mask of a handler while that runs, the mask that the
+thread gets back when it returns from the handler, and the temporary mask of ppoll and its like. The last one lasts only
+as long as the thread sleeps and needs nothing itself, but /proc shows it instead of the thread's own;
+PTRACE_GETSIGMASK gives that.
 """
 
 from __future__ import annotations
 
+import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from dynacut.handlers.table import REPAIR_CAPACITY, KernelAction, Repair, RepairKind, Table
@@ -24,6 +26,7 @@ from dynacut.live.urgency import urgent
 from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.region import Region
+from dynacut.shared.signal_frames import saved_masks
 from dynacut.shared.target import SIGTRAP
 
 _PASSING = 0.03
@@ -31,6 +34,7 @@ _PASSING = 0.03
 thread, and a signal handler's mask goes when it returns."""
 _STARVING = 1.0
 """Seconds that such a thread, ready to run, is waited for at most."""
+_MASK = struct.Struct("<Q")
 _LOOK_PAUSE = 0.002
 _QUIET_LOOKS = 3
 _STOP_TIMEOUT = 0.5
@@ -58,8 +62,12 @@ def blocking_threads(pid: int) -> list[int]:
     return found
 
 
-def unblock_threads(process: Process, region: Region, table: Table, clock: StopClock, deadline: float) -> list[Repair]:
-    """Makes every thread accept SIGTRAP; returns all repairs now on record.
+def unblock_threads(
+    process: Process, region: Region, table: Table, restorers: Collection[int], clock: StopClock, deadline: float
+) -> list[Repair]:
+    """Makes every thread accept SIGTRAP, also when it returns from a signal handler; returns all repairs now on record.
+
+    restorers: the trampolines by which the program's handlers return.
 
     Each repair is recorded before it is made: a patcher that is killed in between leaves a record too many, never one
     too few. Threads are looked at again until nothing more is found: one that was amid pthread_create puts back the
@@ -83,17 +91,28 @@ def unblock_threads(process: Process, region: Region, table: Table, clock: StopC
                 f"{len(suspects)} threads of {process.label} block SIGTRAP, more than can be recorded",
                 "nothing was disabled; let the program block SIGTRAP in fewer threads",
             )
+        if suspects:
+            process.refresh()  # the stacks
         for tid in suspects:
             try:
                 with urgent(), Tracee(tid) as tracee:
                     tracee.interrupt(_STOP_TIMEOUT)
                     mask = tracee.blocked_signals()
-                    if mask & SIGTRAP_BIT:
+                    saved = [
+                        each
+                        for each in saved_masks(process, tracee.registers["rsp"], restorers)
+                        if each.mask & SIGTRAP_BIT and each.mask == each.original
+                    ]
+                    if mask & SIGTRAP_BIT or saved:
                         made += 1
-                        repair = Repair(RepairKind.THREAD_MASK, tid, start_time(process.pid, tid), mask)
-                        if repair not in repairs:
-                            repairs.append(repair)
-                            write_all(process, region, table.repair_writes(repairs))
+                        started = start_time(process.pid, tid)
+                        for blocked in (mask, *(each.mask for each in saved)):
+                            repair = Repair(RepairKind.THREAD_MASK, tid, started, blocked)
+                            if blocked & SIGTRAP_BIT and repair not in repairs:
+                                repairs.append(repair)
+                                write_all(process, region, table.repair_writes(repairs))
+                        for each in saved:
+                            process.write(each.address, _MASK.pack(each.mask & ~SIGTRAP_BIT))
                         tracee.set_blocked_signals(mask & ~SIGTRAP_BIT)
                 clock.add(tracee.stopped_ns)
             except (ThreadGoneError, FileNotFoundError, ProcessLookupError):
@@ -152,8 +171,10 @@ def _has_hardly_run(pid: int, tid: int, before: int) -> bool:
         return False
 
 
-def block_threads_again(process: Process, repairs: Sequence[Repair], clock: StopClock) -> None:
-    """Puts the masks of threads back as they were.
+def block_threads_again(
+    process: Process, repairs: Sequence[Repair], restorers: Collection[int], clock: StopClock
+) -> None:
+    """Puts the masks of threads back as they were, those too that wait in the frames of signal handlers.
 
     Threads that ended meanwhile are passed over, and so are those that keep another mask by now: theirs was a signal
     handler's, or pthread_create's. A thread that is amid such a one at this moment is looked at again.
@@ -166,11 +187,16 @@ def block_threads_again(process: Process, repairs: Sequence[Repair], clock: Stop
         if repair.kind is RepairKind.THREAD_MASK and _is_the_same(process.pid, repair):
             before.setdefault(repair.id, set()).add(repair.mask)
     until = time.monotonic() + _PASSING
+    if before:
+        process.refresh()  # the stacks
     while before:
         for tid in list(before):
             try:
                 with urgent(), Tracee(tid) as tracee:
                     tracee.interrupt(_STOP_TIMEOUT)
+                    for each in saved_masks(process, tracee.registers["rsp"], restorers):
+                        if each.original in before[tid] and each.original & ~SIGTRAP_BIT == each.mask:
+                            process.write(each.address, _MASK.pack(each.original))
                     mask = tracee.blocked_signals()
                     if not mask & SIGTRAP_BIT and mask | SIGTRAP_BIT in before[tid]:
                         tracee.set_blocked_signals(mask | SIGTRAP_BIT)
@@ -238,6 +264,16 @@ def unmask_handlers(
         if actions:
             remote.sigactions(region, actions)
     return repairs
+
+
+def restorers_of(actions: Mapping[int, KernelAction]) -> frozenset[int]:
+    """The trampolines by which handlers return."""
+    return frozenset(action.restorer for action in actions.values() if action.handler > 1)
+
+
+def has_thread_masks(table: Table) -> bool:
+    """Whether the mask of a thread was cleared of SIGTRAP."""
+    return any(repair.kind is RepairKind.THREAD_MASK for repair in table.repairs)
 
 
 def masked_signals(table: Table) -> list[int]:

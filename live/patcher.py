@@ -219,14 +219,15 @@ class Patcher:
             if not all_seen_outside(process, region, self.clock, self._deadline, forks=True):
                 raise _not_seen(process)
             await_own_memory(process.pid, self._deadline)
-        repairs = masks.unmask_handlers(process, region, table, remote, actions)
-        masks.unblock_threads(process, region, replace(table, repairs=tuple(repairs)), self.clock, self._deadline)
+        restorers = masks.restorers_of(actions)
+        table = replace(table, repairs=tuple(masks.unmask_handlers(process, region, table, remote, actions)))
+        masks.unblock_threads(process, region, table, restorers, self.clock, self._deadline)
         if not task_status(process.pid).caught & SIGTRAP_BIT:
             raise DynacutError(
                 f"{process.label} does not catch SIGTRAP although the handler was installed",
                 "it may set signal actions itself at this moment; try again",
             )
-        return frozenset(action.restorer for action in actions.values() if action.handler > 1)
+        return restorers
 
     def _fill(self, patches: PatchSet) -> None:
         """Maps unmapped pages back: first of all, as they hold the old bytes at once."""
@@ -266,14 +267,17 @@ class Patcher:
         self.restart_clock()
         if not all_seen_outside(process, region, self.clock, self._deadline):
             raise _stays(process)
-        actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masks.masked_signals(table)]))
+        masked = masks.masked_signals(table)
+        caught = masks.caught_signals(process.pid) if masks.has_thread_masks(table) else []
+        actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masked, *caught]))
         changed: dict[int, KernelAction] = {}
         if is_our_handler(process, actions.pop(SIGTRAP).handler, self.magic):
             changed[SIGTRAP] = original_action(process, table, self.magic)
-        changed |= masks.masked_again(actions)
+        restorers = masks.restorers_of(actions)
+        changed |= masks.masked_again({number: actions[number] for number in masked})
         if changed:
             remote.sigactions(region, changed)
-        masks.block_threads_again(process, table.repairs, self.clock)
+        masks.block_threads_again(process, table.repairs, restorers, self.clock)
         write_all(process, region, table.user.out_of_force().writes())
         write_all(process, region, table.repair_writes(()))
         write_all(process, region, table.update((), ()))

@@ -90,22 +90,22 @@ class Occupancy:
             stack = target.read(first, mapping.end - first)
             passing: set[int] = set()
             for restorer in {*self._frames.restorers, self._frames.own} - {0}:  # 0, for none, is all over a stack
-                for position in _aligned(stack, struct.pack("<Q", restorer), 0):
+                for position in aligned_words(stack, struct.pack("<Q", restorer), 0):
                     if position + _FRAME_RIP + 8 > len(stack):
                         continue
                     pending.append(struct.unpack_from("<Q", stack, position + _FRAME_RSP)[0])
                     if restorer == self._frames.own:
                         passing.add(position + _FRAME_RIP)
             for pattern in self._patterns:
-                for position in _aligned(stack, pattern, 3):
+                for position in aligned_words(stack, pattern, 3):
                     (word,) = struct.unpack_from("<Q", stack, position)
                     if self._index(word) is not None and position not in passing:
                         return int(word)
         return None
 
 
-def _aligned(stack: bytes, pattern: bytes, shift: int) -> Iterator[int]:
-    """The positions of aligned words of which a pattern is the part from byte `shift` on."""
+def aligned_words(stack: bytes, pattern: bytes, shift: int) -> Iterator[int]:
+    """The positions in a stack of aligned words of which a pattern is the part from byte `shift` on."""
     position = stack.find(pattern)
     while position >= 0:
         if position % 8 == shift:
