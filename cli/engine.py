@@ -36,6 +36,8 @@ def check_engine(arguments: argparse.Namespace) -> None:
         DynacutError: they do not; status USAGE.
     """
     if arguments.remote is None:
+        if arguments.engine == "gdb" and getattr(arguments, "check_seccomp", False):
+            raise _usage("--check-seccomp does not go with --engine gdb", "leave out one of them")
         if arguments.sysroot is not None:
             raise _usage("--sysroot belongs to --remote", "of this machine dynacut finds the files itself")
         if arguments.pid is None and arguments.process_name is None:
@@ -51,6 +53,7 @@ def check_engine(arguments: argparse.Namespace) -> None:
         "--learned": arguments.learned,
         "--standing": arguments.standing,
         "--fallback": getattr(arguments, "fallback", None) is not None,
+        "--check-seccomp": getattr(arguments, "check_seccomp", False),
     }
     for name, is_given in given.items():
         if is_given:

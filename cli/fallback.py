@@ -28,11 +28,16 @@ _FOLDER = "/var/tmp"
 
 def add_fallback_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    group = parser.add_argument_group("where the process cannot be changed while it runs")
+    group = parser.add_argument_group("where the process cannot simply be changed while it runs")
     group.add_argument(
         "--fallback",
         choices=["checkpoint"],
         help="dump it with its descendants, change the image and restore it (CRIU), with the same pids",
+    )
+    group.add_argument(
+        "--check-seccomp",
+        action="store_true",
+        help="change it although it runs under seccomp filters, if these allow every system call that the change needs",
     )
     group.add_argument(
         "--images",
@@ -49,6 +54,10 @@ def check_usage(arguments: argparse.Namespace, *, changes: bool) -> None:
     if arguments.fallback is not None and not changes:
         raise DynacutError(
             "--fallback is a way to change", "add --plan, --disable, --enable or --undo", status=ExitStatus.USAGE
+        )
+    if arguments.check_seccomp and not changes:
+        raise DynacutError(
+            "--check-seccomp is for a change", "add --plan, --disable, --enable or --undo", status=ExitStatus.USAGE
         )
     if arguments.images is not None and arguments.fallback is None:
         raise DynacutError("--images is where a checkpoint lies", "add --fallback checkpoint", status=ExitStatus.USAGE)

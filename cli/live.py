@@ -100,6 +100,7 @@ def _outcome(pid: int | None, arguments: argparse.Namespace, request: Request) -
             dry_run=arguments.dry_run,
             timeout=arguments.timeout,
             engine=engine_of(arguments),
+            check_seccomp=arguments.check_seccomp,
         )
     except NeedsCheckpointError as refused:
         if arguments.fallback is None or refused.status is not ExitStatus.REFUSED:

@@ -18,14 +18,17 @@ _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _ELFCLASS64 = 2
 _SHARING = 0.5
 """Seconds in which a vfork is over, as a rule."""
+FILTERED = 2
+"""The mode of seccomp of a thread that has filters, in /proc/PID/status."""
+_ASK_FILTERS = "use `dynacut live --check-seccomp`, which asks the filter first"
 YAMA_3_ADVICE = (
     "set kernel.yama.ptrace_scope lower in /etc/sysctl.d and start the machine again: it cannot be lowered before, and "
     "CRIU may not trace either"
 )
 
 
-def admit(pid: int, *, changing: bool) -> None:
-    """Returns if the process may be looked at or, with changing, patched.
+def admit(pid: int, *, changing: bool, filtered: bool = False) -> None:
+    """Returns if the process may be looked at or, with changing, patched. filtered: also one with seccomp filters.
 
     Raises:
         DynacutError: it may not; the reason and the way out are named, nothing has been touched.
@@ -47,7 +50,7 @@ def admit(pid: int, *, changing: bool) -> None:
     try:
         for tid in thread_ids(pid):
             with suppress(OSError):  # a thread that ends meanwhile
-                _check_thread(label, task_status(pid, tid))
+                _check_thread(label, task_status(pid, tid), filtered=filtered)
         await_own_memory(pid, time.monotonic() + _SHARING)
     except OSError:
         raise gone(pid) from None
@@ -87,14 +90,14 @@ def check_not_traced(label: str, status: TaskStatus, tracer: str) -> None:
         )
 
 
-def _check_thread(label: str, status: TaskStatus) -> None:
+def _check_thread(label: str, status: TaskStatus, *, filtered: bool) -> None:
     """Tracers and seccomp filters are a matter of each thread."""
     if status.tracer:
         check_not_traced(label, status, f" ({_name(status.tracer)})")
-    if status.seccomp:
-        mode = "strict mode" if status.seccomp == 1 else "a filter"
+    if status.seccomp and not (filtered and status.seccomp == FILTERED):
+        mode, otherwise = ("a filter", _ASK_FILTERS) if status.seccomp == FILTERED else ("strict mode", "")
         raise NeedsCheckpointError(
-            f"{label} runs under seccomp ({mode}), which may end it when it makes a system call for dynacut"
+            f"{label} runs under seccomp ({mode}), which may end it when it makes a system call for dynacut", otherwise
         )
 
 

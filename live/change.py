@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dynacut.handlers.table import Table
 from dynacut.live.admission import admit
+from dynacut.live.confinement import confinement
 from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
 from dynacut.live.own_memory import SharedMemoryError
@@ -55,9 +56,18 @@ def look(pid: int, *, tree: bool) -> Outcome:
 
 
 def change(
-    pid: int, resolve: Resolve, *, tree: bool, dry_run: bool, timeout: float, engine: Engine = Engine.PTRACE
+    pid: int,
+    resolve: Resolve,
+    *,
+    tree: bool,
+    dry_run: bool,
+    timeout: float,
+    engine: Engine = Engine.PTRACE,
+    check_seccomp: bool = False,
 ) -> Outcome:
     """Resolves and applies a change to a process, or to it and all its descendants.
+
+    check_seccomp: also to those under seccomp filters, if these allow all that it needs; for the engine PTRACE.
 
     Children that are forked meanwhile are found and changed in turn; those that run another executable than the root,
     and that the change does not fit, are left alone.
@@ -67,7 +77,7 @@ def change(
     """
     outcome = Outcome()
     with ExitStack() as stack:
-        work = _Work(pid, resolve, timeout, engine, dry_run, stack, outcome)
+        work = _Work(pid, resolve, timeout, engine, dry_run, check_seccomp, stack, outcome)
         for turn in range(_MAX_ROUNDS):
             new = [each for each in (descendants(pid) if tree else [pid]) if each not in work.seen]
             if not new:
@@ -106,6 +116,7 @@ class _Work:
     timeout: float
     engine: Engine
     dry_run: bool
+    check_seccomp: bool
     stack: ExitStack
     outcome: Outcome
     opened: dict[int, Process] = field(default_factory=dict)
@@ -121,9 +132,10 @@ class _Work:
         self.seen.update(pids)
         for pid in pids:
             try:
-                admit(pid, changing=True)
+                admit(pid, changing=True, filtered=self.check_seccomp)
                 self.stack.enter_context(locked(pid))
                 process = self.stack.enter_context(Process(pid))
+                confined = confinement(process, self.timeout, self.outcome.clock) if self.check_seccomp else None
             except SharedMemoryError:
                 if pid == self.root or is_last:
                     raise
@@ -145,6 +157,8 @@ class _Work:
                     raise
                 self.outcome.skipped.append(f"{process.label} runs {process.exe}: {error.problem}")
                 continue
+            if confined is not None:
+                confined.check(patches)
             self.opened[pid] = process
             resolved.append((process, patcher, patches))
         return resolved

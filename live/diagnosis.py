@@ -145,11 +145,12 @@ def yama(scope: int | None, *, may_trace: bool) -> Finding:
 
 
 def _seccomp() -> Finding:
-    mode = int(own_status().get("Seccomp", "0"))
-    if mode == 0:
-        return Finding("seccomp", Area.LIVE, State.OK, "dynacut runs without a filter")
-    costs = "the filter may forbid ptrace and what CRIU calls; what was tried here shows"
-    return Finding("seccomp", Area.LIVE, State.LIMITED, "dynacut itself runs under a filter", costs, _CONTAINER)
+    if int(own_status().get("Seccomp", "0")) != 0:
+        costs = "the filter may forbid ptrace and what CRIU calls; what was tried here shows"
+        return Finding("seccomp", Area.LIVE, State.LIMITED, "dynacut itself runs under a filter", costs, _CONTAINER)
+    reading = capability("CAP_SYS_ADMIN", Area.LIVE, "`dynacut live --check-seccomp` cannot read filters", _CONTAINER)
+    found = {State.OK: "dynacut runs without a filter, and may read others'"}.get(reading.state, "no CAP_SYS_ADMIN")
+    return replace(reading, name="seccomp", found=found)
 
 
 def _map_files() -> Finding:

@@ -12,6 +12,8 @@ SYSCALL_SIZE = 2
 
 # include/linux/errno.h: what a stopped thread's rax shows of an interrupted system call that the kernel will restart.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+STARTS_ANEW = (1 << 64) - ERESTARTNOHAND
+"""The rax of an interrupted call that is to be made again as it was, unless a signal is handled first."""
 _RESTART_SYSCALL = 219
 # signal(7): these fail with EINTR after any stop, even without a signal, the socket calls where a timeout is set. A
 # ptrace stop must not show, so they are started again; having failed with EINTR they have done nothing yet.
@@ -50,6 +52,11 @@ def was_interrupted(registers: Mapping[str, int]) -> bool:
     return in_syscall(registers) and registers["rax"] == (1 << 64) - errno.EINTR
 
 
+def makes_restart_syscall(registers: Mapping[str, int]) -> bool:
+    """Whether a thread goes on by restart_syscall(2) with what a stop has interrupted."""
+    return in_syscall(registers) and registers["rax"] == (1 << 64) - ERESTART_RESTARTBLOCK
+
+
 def resumption(registers: Mapping[str, int]) -> Resumption:
     """Where and how a thread has to go on as if it had not been stopped. registers: unsigned, by their names."""
     rip, rax = registers["rip"], registers["rax"]
@@ -64,5 +71,5 @@ def resumption(registers: Mapping[str, int]) -> Resumption:
         return Resumption(again, _RESTART_SYSCALL, restarts=True, undecided_rax=rax)
     if code == errno.EINTR and number in _NEVER_RESTARTED:
         # As after any signal handler, with SA_RESTART or without.
-        return Resumption(again, number, restarts=True, undecided_rax=(1 << 64) - ERESTARTNOHAND)
+        return Resumption(again, number, restarts=True, undecided_rax=STARTS_ANEW)
     return Resumption(rip, rax, restarts=False, undecided_rax=rax)

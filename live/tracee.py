@@ -26,7 +26,7 @@ from dynacut.live.ptrace_call import (
     PTRACE_SETSIGMASK,
     Registers,
 )
-from dynacut.live.resumption import SYSCALL_SIZE, Resumption, in_syscall, resumption, was_interrupted
+from dynacut.live.resumption import STARTS_ANEW, SYSCALL_SIZE, Resumption, in_syscall, resumption, was_interrupted
 from dynacut.live.stop_clock import StopClock
 from dynacut.live.urgency import processors_awake, urgent
 from dynacut.shared.errors import DynacutError
@@ -60,8 +60,6 @@ _RSEQ_SIZE, _RSEQ_ADDRESS = ctypes.sizeof(_RSEQ), ctypes.addressof(_RSEQ)
 _SIGINFOS = ctypes.create_string_buffer(_SIGINFO_SIZE * _PEEKED)
 _SIGINFOS_ADDRESS = ctypes.addressof(_SIGINFOS)
 _SIGNAL_NUMBER = struct.Struct("<i")
-
-
 _SPIN_NS = 60_000
 _LATE_TIMEOUT = 0.2
 _ASKED_AT_ONCE = 32
@@ -277,6 +275,10 @@ class Tracee:
         again = self.resumption()
         if again.restarts:
             self._set_registers(rax=again.undecided_rax)
+
+    def start_anew(self) -> None:
+        """Makes a call that would go on by restart_syscall(2) start again instead, with its whole timeout."""
+        self._set_registers(rax=STARTS_ANEW)
 
     def _set_registers(self, **changed: int) -> None:
         try:

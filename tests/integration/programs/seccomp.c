@@ -1,18 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
  * Installs a seccomp filter (mode 2): for mmap and rt_sigaction, what a live patch needs in the target, it gives an
- * error (`errno`) or ends the process (`kill`); `allow` allows everything.
+ * error (`errno`) or ends the process (`kill`); `allow` allows everything; `none` installs nothing; `strict` is mode 1.
+ * Where a second kind is given, a second thread installs that for itself, and waits.
  *
- *   seccomp allow|errno|kill
+ *   seccomp allow|errno|kill|none|strict [allow|errno|kill]
  *   feature 3 -> feature(3)
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <pthread.h>
 #include <stddef.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #include "feature.h"
 
@@ -32,6 +35,26 @@ static void install(unsigned action)
 		fail("seccomp");
 }
 
+static void install_kind(const char *kind)
+{
+	if (strcmp(kind, "errno") == 0)
+		install(SECCOMP_RET_ERRNO | EPERM);
+	else if (strcmp(kind, "kill") == 0)
+		install(SECCOMP_RET_KILL_PROCESS);
+	else if (strcmp(kind, "allow") == 0)
+		install(SECCOMP_RET_ALLOW);
+}
+
+static pthread_barrier_t installed;
+
+static void *second_thread(void *kind)
+{
+	install_kind(kind);
+	pthread_barrier_wait(&installed);
+	pause();
+	return NULL;
+}
+
 int main(int argc, char **argv)
 {
 	const char *kind = argc > 1 ? argv[1] : "allow";
@@ -40,13 +63,18 @@ int main(int argc, char **argv)
 	long number;
 
 	setvbuf(stdin, input, _IOFBF, sizeof(input)); /* or stdio would mmap a buffer */
-	if (strcmp(kind, "errno") == 0)
-		install(SECCOMP_RET_ERRNO | EPERM);
-	else if (strcmp(kind, "kill") == 0)
-		install(SECCOMP_RET_KILL_PROCESS);
-	else
-		install(SECCOMP_RET_ALLOW);
+	if (argc > 2) {
+		pthread_t thread;
+
+		pthread_barrier_init(&installed, NULL, 2);
+		if (pthread_create(&thread, NULL, second_thread, argv[2]) != 0)
+			fail("pthread_create");
+		pthread_barrier_wait(&installed);
+	}
+	install_kind(kind);
 	say_ready();
+	if (strcmp(kind, "strict") == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT, 0, 0, 0) != 0)
+		fail("strict");
 	while (next_line(word, &number)) {
 		if (strcmp(word, "feature") == 0)
 			printf("%ld\n", feature(number));
