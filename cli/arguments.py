@@ -51,7 +51,7 @@ def _duration(text: str) -> float:
     except ValueError:
         duration = math.nan
     if not 0 <= duration <= _MAX_SECONDS:  # nan is not
-        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no number of seconds")
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is no number of seconds from 0 up")
     return duration
 
 

@@ -72,7 +72,7 @@ def restore(
     processes.require_root("a restore")
     attempts = _Attempts(criu or find_criu(), timeout, tcp_close, progress or (lambda _: None))
     directory = directory.absolute()
-    if not directory.is_dir():
+    if directory.exists() and not directory.is_dir():
         raise DynacutError(f"{directory} is no directory", "give the one that `dynacut checkpoint` wrote an image to")
     processes.become_subreaper()
     rolled_back_from: Path | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynacut.cli import show
-from dynacut.cli.arguments import seconds, tcp_port
+from dynacut.cli.arguments import pause, tcp_port
 from dynacut.cli.console import print_json
 from dynacut.cli.trace.sets import OPERATIONS, add_options, combine
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
@@ -39,9 +39,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--all-modules", action="store_true", help="every module, but those that block signals")
     what.add_argument("--tree", action="store_true", help="also the descendants that run already, such as workers")
     end = parser.add_argument_group("when to end (default: Ctrl-C)")
-    end.add_argument("--for", dest="seconds", type=seconds, metavar="S", help="after S seconds")
+    end.add_argument("--for", dest="seconds", type=pause, metavar="S", help="after S seconds")
     end.add_argument("--until-exit", action="store_true", help="when the process ends, and no sooner but by Ctrl-C")
-    end.add_argument("--until-quiet", type=seconds, metavar="S", help="when for S seconds no new block was hit")
+    end.add_argument("--until-quiet", type=pause, metavar="S", help="when for S seconds no new block was hit")
     phases = parser.add_argument_group("phases")
     phases.add_argument("--phase-name", default="start", metavar="NAME", help="of the first phase (default: start)")
     phases.add_argument("--phase", metavar="NAME", help="tell the trace that runs on --pid that this phase begins")

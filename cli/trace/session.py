@@ -265,8 +265,6 @@ def check_options(arguments: argparse.Namespace) -> None:
             arguments.seconds is not None or arguments.until_quiet is not None)),
         ("--module and --all-modules exclude each other", arguments.module and arguments.all_modules),
         ("--ready-log takes a file and a regular expression, or the latter alone", len(arguments.ready_log or ()) > 2),
-        ("--for and --until-quiet take seconds from 0 up",
-         any(not 0 <= (seconds or 0) < 1e9 for seconds in (arguments.seconds, arguments.until_quiet))),
     ):  # fmt: skip
         if wrong:
             raise DynacutError(problem, "see dynacut trace --help", status=ExitStatus.USAGE)

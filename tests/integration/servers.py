@@ -20,11 +20,11 @@ from typing import ClassVar, Self, TypeAlias
 
 import psutil
 
-START_TIMEOUT = 15.0
+START_TIMEOUT = 60.0
 """Seconds until a server must answer."""
 END_TIMEOUT = 5.0
 """Seconds between SIGTERM and SIGKILL."""
-REPLY_TIMEOUT = 10.0
+REPLY_TIMEOUT = 30.0
 """Seconds until a client gives up on a reply."""
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -57,7 +57,7 @@ def free_port() -> int:
     return port
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
     """Returns as soon as condition() is true; TimeoutError naming `what` when that takes too long."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -147,6 +147,10 @@ def check_works(program: Program) -> None:
     for tid in thread_ids(program.pid):
         status = task_status(program.pid, tid)
         assert (status.tracer, status.state in "RSD") == (0, True)
+    wait_until(
+        lambda: not any(task_status(program.pid, tid).blocked for tid in thread_ids(program.pid)),
+        "threads have no longer the mask that they begin with",
+    )
 
 
 def _seconds(arguments: tuple[str | int, ...], program: Program) -> float:

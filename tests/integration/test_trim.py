@@ -228,9 +228,9 @@ def test_a_trim_may_be_ended_in_every_step_and_goes_on(
             arrived.unlink(missing_ok=True)
             words = [sys.executable, "-m", "dynacut.cli.main", "trim", "-o", str(trim.directory), *options]
             with subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-                wait_until(lambda: arrived.exists() or process.poll() is not None, f"step {step}", 60)
+                wait_until(lambda: arrived.exists() or process.poll() is not None, f"step {step}", 240)
                 process.send_signal(number)
-                _, errors = process.communicate(timeout=60)
+                _, errors = process.communicate(timeout=240)
             assert arrived.exists(), errors
             gate.write_text("false")
             if (noted := json.loads((trim.directory / "state.json").read_text())["process"]) is not None:

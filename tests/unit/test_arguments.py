@@ -30,7 +30,9 @@ def test_a_number_that_makes_no_sense(options: tuple[str, ...], value: str, caps
     assert "_" not in said.partition(options[-1])[2], "a name of the source"
 
 
-@pytest.mark.parametrize("options", [options for options in NUMBERS if options[-1] not in ("--idle",)])
+@pytest.mark.parametrize(
+    "options", [options for options in NUMBERS if options[-1] not in ("--idle", "--for", "--until-quiet")]
+)
 def test_none_at_all(options: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*options[:-1], f"{options[-1]}=0"])
