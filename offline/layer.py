@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def _can_link(image: Image, directory: Path) -> bool:
     return True
 
 
-class _Writer:
+class _Writer(ABC):
     """What both ways have in common."""
 
     def __init__(self, image: Image, directory: Path, written: Written) -> None:
@@ -98,9 +99,9 @@ class _Writer:
         for process in self._changed:
             self._new |= process.changed_files()
 
+    @abstractmethod
     def write(self) -> None:
         """Writes everything."""
-        raise NotImplementedError
 
     def put(self, name: str, data: bytes) -> None:
         """Writes one new file."""
