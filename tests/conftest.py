@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Generator
 
 import pytest
 
 _CANNOT_BE_HAD = re.compile(r"(Skipped: )?this (machine|kernel|process|linker|file system|pid namespace)\b")
+
+
+def pytest_configure() -> None:
+    """Commands that are tested begin with signals as a terminal has them: CI may have begun with some ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)
