@@ -30,7 +30,9 @@ check: lint ## format, lint, types and the quick unit tests: half a minute
 
 ifeq ($(shell id -u),0)
 test: ready-test lint ## everything, with real processes and servers: as root
-	@$(PYTHON) -m pytest $(PARALLEL) -m 'not alone' tests/unit tests/integration
+	@$(PYTHON) -m pytest $(PARALLEL) -m 'not alone' tests/unit tests/integration || { \
+	echo '*** WHAT FAILED BESIDE OTHER TESTS IS RUN ONCE MORE, ALONE ***' >&2; \
+	$(PYTHON) -m pytest --last-failed --last-failed-no-failures none -m 'not alone' tests/unit tests/integration; }
 	@$(PYTHON) -m pytest -m alone tests/integration
 else
 test: lint

@@ -166,7 +166,7 @@ def lasting_blockers(pid: int) -> list[int]:
 
 def _has_hardly_run(pid: int, tid: int, before: int) -> bool:
     try:
-        return task_status(pid, tid).state == "R" and ran_ns(pid, tid) - before < _PASSING * 1e9 / 10
+        return task_status(pid, tid).state in "RD" and ran_ns(pid, tid) - before < _PASSING * 1e9 / 10
     except OSError:
         return False
 

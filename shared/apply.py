@@ -242,7 +242,7 @@ def check_written(target: Target, patches: PatchSet) -> None:
     wrong = [
         edit
         for edit in patches.edits
-        if reader.read(edit.address, len(edit.new)) not in (edit.new, learned.get(edit.address))
+        if not _is_written(reader.read(edit.address, len(edit.new)), edit, learned.get(edit.address))
     ]
     if wrong:
         raise DynacutError(
@@ -251,6 +251,13 @@ def check_written(target: Target, patches: PatchSet) -> None:
             "another tool may be patching it as well; `dynacut live --pid` shows what is in force",
             status=ExitStatus.CHECK_FAILED,
         )
+
+
+def _is_written(found: bytes, edit: ByteEdit, learned: bytes | None) -> bool:
+    """Whether bytes are as an edit says. learned: what the first hit puts back; it may be doing so at this moment."""
+    if learned is None or len(learned) != len(found):
+        return found == edit.new
+    return all(byte in (new, old) for byte, new, old in zip(found, edit.new, learned, strict=True))
 
 
 def _prepare(target: StoppedTarget, patches: PatchSet) -> tuple[Region, Table, Region | None]:

@@ -320,7 +320,14 @@ def test_exec_loses_the_patch_and_the_new_program_is_whole(dynacut: Dynacut, tmp
             assert process.stdin is not None
             process.stdin.write(b"\n")
             process.stdin.flush()
-            wait_until(lambda: Snapshot.of(process.pid).code.keys() != before.code.keys(), "the exec")
+
+            def is_another() -> bool:
+                try:
+                    return Snapshot.of(process.pid).code.keys() != before.code.keys()
+                except OSError:  # amid the exec
+                    return False
+
+            wait_until(is_another, "the exec")
             assert dynacut.json("live", "--pid", process.pid)["features"] == []
             process.stdin.write(b"\n")
             process.stdin.flush()
