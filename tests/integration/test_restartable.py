@@ -26,7 +26,7 @@ def target(tmp_path: Path) -> Iterator[Program]:
     try:
         started = Program(compile_program("restartable", tmp_path))
     except EOFError:
-        pytest.skip("the C library registers no rseq area here")
+        pytest.skip("this machine's C library registers no rseq area")
     with started:
         assert started.ask("sequence 3") == _DONE
         yield started
