@@ -6,7 +6,7 @@
 .PHONY: help setup criu demo test check lint fuzz bench clean ready-demo ready-check ready-test ready-peers links
 
 PYTHON := .venv/bin/python
-PACKAGES := $(wildcard cli live offline shared handlers)
+PACKAGES := $(wildcard cli jobs live offline shared handlers)
 # Everything typed besides the packages; folders without Python files are passed over.
 TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/unit/*.py tests/integration/*.py examples/*.py bench/*.py)))) \
 	$(wildcard tests/*.py)

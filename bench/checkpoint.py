@@ -27,10 +27,11 @@ from dynacut.offline.checkpoint import checkpoint
 from dynacut.offline.images.image import Image
 from dynacut.offline.restore import restore
 from dynacut.shared import resolve
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import PatchSet
-from dynacut.shared.plan import Plan, load
+from dynacut.shared.plan import Plan
+from dynacut.shared.plan_file import load
 from dynacut.shared.target import Target
 from tests.integration.servers import Redis, ServerFailed, ServerMissing
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.programs import BenchmarkError
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedModule, PlannedSite, Scope
+from dynacut.shared.plan_file import dumps
 
 DYNACUT = Path(sys.executable).parent / "dynacut"
 GDB = ("gdb", "-nx", "-batch")
@@ -74,7 +75,7 @@ def write_plan(path: Path, executable: Path, sites: Sequence[int], on_hit: str) 
         Scope.ENTRY,
         tuple(PlannedSite(f"{executable.name}+{offset:#x}") for offset in sites),
     )
-    path.write_text(Plan("benchmark", (feature,), (), {executable.name: module}).to_toml())
+    path.write_text(dumps(Plan("benchmark", (feature,), (), {executable.name: module})))
 
 
 def write_gdb_sets(path: Path, addresses: Sequence[int], new: Sequence[int]) -> None:

@@ -14,10 +14,10 @@ from dynacut.cli.console import print_error
 from dynacut.shared.errors import DynacutError, ExitStatus, shortened
 
 COMMANDS = {
-    "live": "live",
-    "offline": "offline",
+    "live": "live.command",
+    "offline": "offline.command",
     "trace": "trace.command",
-    "plan": "plan",
+    "plan": "plan.command",
     "checkpoint": "checkpoint",
     "restore": "restore",
     "compare": "compare.command",

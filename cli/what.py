@@ -15,13 +15,14 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.patch_set import PatchSet
-from dynacut.shared.plan import Plan, PlannedFeature, PlannedSite, Scope, load, name_problem
+from dynacut.shared.plan import Plan, PlannedFeature, PlannedSite, Scope, name_problem
+from dynacut.shared.plan_file import load
 from dynacut.shared.sites import SYNTAX as SITE_SYNTAX
 from dynacut.shared.sites import Ask
 from dynacut.shared.target import Target
 
 if TYPE_CHECKING:
-    from dynacut.shared.library_file import LibraryFile
+    from dynacut.shared.library.file import LibraryFile
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +120,7 @@ class Request:
         self._plan = self._planned()
         self._library: LibraryFile | None = None
         if arguments.handler is not None:
-            from dynacut.shared.library_file import LibraryFile
+            from dynacut.shared.library.file import LibraryFile
 
             self._library = LibraryFile.parse(arguments.handler)
             if unrun := self._library.constructors:

@@ -49,16 +49,7 @@ from dynacut.handlers.layout import (
     TableError,
     TableFullError,
 )
-from dynacut.handlers.records import (
-    NO_LIBRARY,
-    Action,
-    KernelAction,
-    Repair,
-    RepairKind,
-    TableSite,
-    UserLibrary,
-    Write,
-)
+from dynacut.handlers.records import NO_LIBRARY, Action, KernelAction, Repair, RepairKind, TableSite, UserLibrary, Write
 
 __all__ = [
     "BANKS_OFFSET",

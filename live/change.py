@@ -12,10 +12,10 @@ from dynacut.live.confinement import confinement
 from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
 from dynacut.live.own_memory import SharedMemoryError
-from dynacut.live.patcher import locked
 from dynacut.live.process import Process
-from dynacut.live.stop_clock import StopClock
-from dynacut.live.trace import stop_trace
+from dynacut.live.ptrace.patcher import locked
+from dynacut.live.ptrace.stop_clock import StopClock
+from dynacut.live.tracing.trace import stop_trace
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import PatchSet

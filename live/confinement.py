@@ -16,13 +16,13 @@ from dynacut.handlers.table import Action
 from dynacut.live.admission import FILTERED
 from dynacut.live.proc import task_status, thread_ids
 from dynacut.live.process import Process, gone
-from dynacut.live.ptrace_call import PTRACE_SECCOMP_GET_FILTER, call
+from dynacut.live.ptrace.ptrace_call import PTRACE_SECCOMP_GET_FILTER, call
+from dynacut.live.ptrace.resumption import makes_restart_syscall
+from dynacut.live.ptrace.stop_clock import StopClock
+from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee, prompt_stops
+from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
-from dynacut.live.resumption import makes_restart_syscall
 from dynacut.live.seccomp import Call, Filter, MalformedFilterError
-from dynacut.live.stop_clock import StopClock
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee, prompt_stops
-from dynacut.live.urgency import urgent
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP
 from dynacut.shared.patch_set import HandlerChange, PatchSet
 from dynacut.shared.target import SIGTRAP

@@ -16,7 +16,7 @@ from dynacut.live.admission import YAMA_3_ADVICE, yama_scope
 from dynacut.live.gdb.program import ADVICE as GDB_ADVICE
 from dynacut.live.gdb.program import speaks_mi
 from dynacut.live.proc import read_mappings
-from dynacut.live.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.shared.diagnosis import SUDO, Area, Finding, State, capability, own_status, program, python_package
 from dynacut.shared.errors import DynacutError
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dynacut.handlers.table import Table
 from dynacut.live.process import Process
-from dynacut.live.stop_clock import StopClock
+from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.patch_set import PatchSet
 
 
@@ -38,6 +38,6 @@ def patcher_of(engine: Engine) -> Callable[[Process, float, StopClock], Patching
         from dynacut.live.gdb.patcher import GdbPatcher
 
         return GdbPatcher
-    from dynacut.live.patcher import Patcher
+    from dynacut.live.ptrace.patcher import Patcher
 
     return Patcher

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from dynacut.live.admission import admit
 from dynacut.live.process import Process
-from dynacut.live.tracee import prompt_stops
+from dynacut.live.ptrace.tracee import prompt_stops
+from dynacut.live.ptrace.window import all_stopped
 from dynacut.live.tree import descendants
-from dynacut.live.window import all_stopped
-from dynacut.shared.coverage import Coverage
+from dynacut.shared.coverage.coverage import Coverage
+from dynacut.shared.coverage.keep import learned_blocks, union_of_all
+from dynacut.shared.coverage.standing import standing_of
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.keep import learned_blocks, union_of_all
 from dynacut.shared.region import find_region
-from dynacut.shared.standing import standing_of
 
 
 def learned(pid: int, *, tree: bool) -> Coverage:

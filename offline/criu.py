@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dynacut.offline import processes
-from dynacut.shared.cache_folder import cache_folder
+from dynacut.shared.binary.cache_folder import cache_folder
 from dynacut.shared.errors import DynacutError, printable
 
 VARIABLE = "DYNACUT_CRIU"

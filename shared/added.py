@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dynacut.handlers.table import Action, TableSite
 from dynacut.shared.holes import Hole
-from dynacut.shared.library import PROT_EXEC, PROT_READ, PROT_WRITE, LibrarySegment
+from dynacut.shared.library.library import PROT_EXEC, PROT_READ, PROT_WRITE, LibrarySegment
 from dynacut.shared.plan import PlannedMemory
 from dynacut.shared.target import PAGE_SIZE, Mapping, Target
 

@@ -31,7 +31,7 @@ from dynacut.handlers.table import (
 from dynacut.shared.added import code_in, untouched
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole, Patched
-from dynacut.shared.library import Library, LibrarySegment
+from dynacut.shared.library.library import Library, LibrarySegment
 from dynacut.shared.occupancy import NO_FRAMES, Occupancy, SignalFrames
 from dynacut.shared.page_reader import PageReader
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet

@@ -8,15 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.shared.cache_folder import cache_folder
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.cache_folder import cache_folder
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.functions import FunctionRange, function_at
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.functions import FunctionRange, function_at
 from dynacut.shared.target import Module, Target
 
 if TYPE_CHECKING:
-    from dynacut.shared.blocks import BlockMap
-    from dynacut.shared.symbols import SymbolTable
+    from dynacut.shared.binary.blocks import BlockMap
+    from dynacut.shared.binary.symbols import SymbolTable
 
 _WORTH_A_BLOCK_MAP = 64
 """This many single checks of instruction boundaries take about as long as the block map of a server."""
@@ -43,14 +43,14 @@ class Code:
     @cached_property
     def symbols(self) -> SymbolTable:
         """The module's symbols, those of separate debug information included."""
-        from dynacut.shared.symbols import SymbolTable
+        from dynacut.shared.binary.symbols import SymbolTable
 
         return SymbolTable.of(self.elf, Path(self.module.path), self.module.root)
 
     @cached_property
     def functions(self) -> tuple[FunctionRange, ...]:
         """The ranges of all functions, ascending, from the cache where it has them."""
-        from dynacut.shared.function_cache import cached_function_ranges
+        from dynacut.shared.binary.function_cache import cached_function_ranges
 
         return cached_function_ranges(self.elf)
 
@@ -61,7 +61,7 @@ class Code:
     @cached_property
     def restartable(self) -> tuple[range, ...]:
         """The offsets at which an int3 would abort a restartable sequence."""
-        from dynacut.shared.rseq import restartable_sequences
+        from dynacut.shared.binary.rseq import restartable_sequences
 
         return restartable_sequences(self.elf)
 
@@ -75,7 +75,7 @@ class Code:
         A few offsets are checked by decoding their functions, which takes a millisecond each; for more of them the
         block map of the module is worth its cost.
         """
-        from dynacut.shared.blocks import is_instruction_boundary
+        from dynacut.shared.binary.blocks import is_instruction_boundary
 
         if self._quick_blocks is None and self._decoded < _WORTH_A_BLOCK_MAP:
             self._decoded += 1
@@ -85,7 +85,7 @@ class Code:
     @cached_property
     def _quick_blocks(self) -> BlockMap | None:
         """The block map if the cache has it."""
-        from dynacut.shared import block_cache
+        from dynacut.shared.binary import block_cache
 
         return block_cache.load(self.elf, cache_folder())
 
@@ -99,7 +99,7 @@ class Code:
     @cached_property
     def blocks(self) -> BlockMap:
         """The module's basic blocks, from the cache where it has them."""
-        from dynacut.shared import block_cache
+        from dynacut.shared.binary import block_cache
 
         return self._quick_blocks or block_cache.cached_block_map(self.elf)
 
@@ -113,8 +113,8 @@ class Code:
 
     def source_lines(self, offsets: Iterable[int]) -> dict[int, str]:
         """What is known of the source of some offsets, ``t_string.c:295``; empty without debug information."""
-        from dynacut.shared.lines import file_with_lines
-        from dynacut.shared.source_lines import source_lines
+        from dynacut.shared.binary.lines import file_with_lines
+        from dynacut.shared.binary.source_lines import source_lines
 
         elf = file_with_lines(self.elf, Path(self.module.path), self.module.root)
         return source_lines(elf, offsets) if elf is not None else {}

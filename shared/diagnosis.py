@@ -11,8 +11,8 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
-from dynacut.shared.cache_folder import cache_folder
-from dynacut.shared.symbols import DEBUG_ROOT
+from dynacut.shared.binary.cache_folder import cache_folder
+from dynacut.shared.binary.symbols import DEBUG_ROOT
 
 SUDO = "run dynacut as root, by sudo"
 _VERSION_TIMEOUT = 10.0

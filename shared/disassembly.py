@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dynacut.shared.binary.decode import MAX_INSTRUCTION
 from dynacut.shared.code import Code
-from dynacut.shared.decode import MAX_INSTRUCTION
 
 
 def disassembly(code: Code, offset: int, count: int = 6) -> list[str]:

@@ -9,7 +9,7 @@ from enum import Enum
 from dynacut.handlers.table import NO_LIBRARY, TableSite, UserLibrary
 from dynacut.shared.added import hole_of
 from dynacut.shared.holes import Hole
-from dynacut.shared.library import Library, LibrarySegment
+from dynacut.shared.library.library import Library, LibrarySegment
 
 
 @dataclass(frozen=True)

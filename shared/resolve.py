@@ -8,7 +8,7 @@ from dynacut.handlers.table import MAX_RANGES, Action, Table, TableSite
 from dynacut.shared.added import in_place, is_mapped
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Patched, holes_to_make
-from dynacut.shared.library import Library
+from dynacut.shared.library.library import Library
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet, outside
 from dynacut.shared.plan import Plan
 from dynacut.shared.region import layout_for, user_of

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 from dynacut.handlers.table import Action, TableSite
 from dynacut.shared.added import Added, is_mapped
+from dynacut.shared.binary.functions import FunctionRange
 from dynacut.shared.code import Code, CodeOf
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.functions import FunctionRange
 from dynacut.shared.holes import idle_pages
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedRemoval, PlannedSite, Scope

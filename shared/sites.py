@@ -149,7 +149,7 @@ class Locator:
         raise DynacutError(f"{site}: no function {name!r} in {where}", advice)
 
     def _line(self, site: str, file: str, line: int) -> Place:
-        from dynacut.shared.lines import file_with_lines, line_offsets, nearest_lines
+        from dynacut.shared.binary.lines import file_with_lines, line_offsets, nearest_lines
 
         found: list[Place] = []
         near: list[int] = []

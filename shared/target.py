@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from dynacut.shared.elf import ElfFile
+    from dynacut.shared.binary.elf import ElfFile
 
 SIGTRAP = 5
 PAGE_SIZE = 4096
@@ -70,7 +70,7 @@ class Module:
     @cached_property
     def elf(self) -> ElfFile:
         """The file, read once; DynacutError if it cannot be read or is malformed."""
-        from dynacut.shared.elf import ElfFile
+        from dynacut.shared.binary.elf import ElfFile
 
         return ElfFile.open(self.file)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.arguments import count
-from dynacut.cli.compare.ways import Settings, Way, why_not
 from dynacut.cli.console import print_json, print_table, warn
 from dynacut.cli.steps import Steps
+from dynacut.jobs.compare.ways import Settings, Way, why_not
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 
 if TYPE_CHECKING:
-    from dynacut.cli.compare.probes import Probe
-    from dynacut.cli.compare.results import Results
+    from dynacut.jobs.compare.probes import Probe
+    from dynacut.jobs.compare.results import Results
 
 HELP = "measure a plan live, by gdb and by checkpoint, side by side"
 DESCRIPTION = (
@@ -64,9 +64,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
     """Measures and says what was measured."""
-    from dynacut.cli.compare.comparison import Comparison
+    from dynacut.jobs.compare.comparison import Comparison
     from dynacut.offline import processes
-    from dynacut.shared.plan import load
+    from dynacut.shared.plan_file import load
 
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if (arguments.pid is None) == (not command):
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C: what is in force is undone first
     settings = Settings(arguments.plan.absolute(), tuple(features), arguments.criu)
     with Steps(shown=not arguments.quiet) as steps:
-        comparison = Comparison(settings, ways, arguments.images, steps.tell, renewed=arguments.pid is None)
+        comparison = Comparison(settings, ways, arguments.images, steps.tell, warn, renewed=arguments.pid is None)
         comparison.results.left_out.update(left_out)
         results = comparison.run(lambda: _target(arguments, command), arguments.repeat)
     _report(arguments, settings, results)
@@ -145,8 +145,8 @@ def _ask(arguments: argparse.Namespace, ways: Sequence[Way], features: Sequence[
 
 @contextmanager
 def _target(arguments: argparse.Namespace, command: Sequence[str]) -> Iterator[tuple[int, Probe]]:
-    from dynacut.cli.compare.probes import answers, guessed
-    from dynacut.cli.compare.target import instance, tree_of
+    from dynacut.jobs.compare.probes import answers, guessed
+    from dynacut.jobs.compare.target import instance, tree_of
 
     if arguments.pid is None:
         with instance(command, lambda pids: arguments.asked or guessed(pids)) as started:
@@ -175,7 +175,7 @@ def _report(arguments: argparse.Namespace, settings: Settings, results: Results)
         warn(line)
     if arguments.html is not None:
         from dynacut.cli.compare.page import page_of
-        from dynacut.cli.show import write_page
+        from dynacut.cli.picture import write_page
 
         write_page(arguments.html, page_of(document))
     if arguments.json:
@@ -210,25 +210,25 @@ def _ways(text: str) -> list[Way]:
 
 
 def _command(text: str) -> Probe:
-    from dynacut.cli.compare.probes import CommandProbe
+    from dynacut.jobs.compare.probes import CommandProbe
 
     return CommandProbe(text)
 
 
 def _redis(text: str) -> Probe:
-    from dynacut.cli.compare.probes import RedisProbe, endpoint
+    from dynacut.jobs.compare.probes import RedisProbe, endpoint
 
     return RedisProbe(*endpoint(text))
 
 
 def _http(text: str) -> Probe:
-    from dynacut.cli.compare.probes import http_probe
+    from dynacut.jobs.compare.probes import http_probe
 
     return http_probe(text)
 
 
 def _tcp(text: str) -> Probe:
-    from dynacut.cli.compare.probes import TcpProbe, endpoint
+    from dynacut.jobs.compare.probes import TcpProbe, endpoint
 
     return TcpProbe(*endpoint(text))
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from dynacut.cli.compare.results import Measured, Observed, Results
-from dynacut.cli.compare.ways import Settings, Step, Way
 from dynacut.cli.quantities import counted, shown
+from dynacut.jobs.compare.results import Measured, Observed, Results
+from dynacut.jobs.compare.ways import Settings, Step, Way
 from dynacut.shared.errors import DynacutError, printable
 from dynacut.shared.report import SCHEMA
 

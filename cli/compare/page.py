@@ -7,9 +7,9 @@ from typing import Any
 
 from dynacut.cli.bars import Bar, Chart, Group
 from dynacut.cli.compare.document import MEASURES, NOBODY, Measure, extent_of, rows_of, verdicts_of
-from dynacut.cli.compare.ways import Step, Way
 from dynacut.cli.pages import FILES, page
 from dynacut.cli.quantities import counted, shown, times
+from dynacut.jobs.compare.ways import Step, Way
 
 _HERE = Path(__file__).parent
 _CHARTS = ("client_us", "new_client_us", "stopped_us", "wall_us")

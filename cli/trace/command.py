@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.cli import show
+from dynacut.cli import picture as show
 from dynacut.cli.arguments import pause, tcp_port
 from dynacut.cli.console import print_json
 from dynacut.cli.trace.sets import OPERATIONS, add_options, combine
@@ -14,7 +14,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
-    from dynacut.shared.coverage import Coverage
+    from dynacut.shared.coverage.coverage import Coverage
 
 HELP = "collect block coverage of a running process (drcov)"
 DESCRIPTION = (
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 
 
 def _begin_phase(arguments: argparse.Namespace) -> ExitStatus:
-    from dynacut.live.phases import begin_phase
+    from dynacut.live.tracing.phases import begin_phase
 
     if arguments.pid is None:
         raise _usage("--phase needs --pid")

@@ -17,12 +17,12 @@ from dynacut.cli.trace.progress import Progress
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 if TYPE_CHECKING:
-    from dynacut.live.phases import PhaseListener, PhaseRequest
     from dynacut.live.process import Process
-    from dynacut.live.readiness import Readiness
-    from dynacut.live.spawn import HeldProgram
-    from dynacut.live.trace import Trace
-    from dynacut.shared.coverage import Coverage
+    from dynacut.live.tracing.phases import PhaseListener, PhaseRequest
+    from dynacut.live.tracing.readiness import Readiness
+    from dynacut.live.tracing.spawn import HeldProgram
+    from dynacut.live.tracing.trace import Trace
+    from dynacut.shared.coverage.coverage import Coverage
     from dynacut.shared.target import Module
 
 _TICK = 0.2
@@ -38,9 +38,9 @@ class Session:
         Raises:
             DynacutError: a phase cannot be called so, the log cannot be written there, or readiness be told so.
         """
-        from dynacut.live.phases import check_phase_name
-        from dynacut.live.readiness import Readiness
-        from dynacut.shared.drcov import check_writable
+        from dynacut.live.tracing.phases import check_phase_name
+        from dynacut.live.tracing.readiness import Readiness
+        from dynacut.shared.coverage.drcov import check_writable
 
         self._arguments = arguments
         self._command = command
@@ -57,13 +57,13 @@ class Session:
             DynacutError: the process cannot be traced; or not all of it could be put back, with the logs written.
         """
         from dynacut.live.admission import admit
-        from dynacut.live.patcher import locked
-        from dynacut.live.phases import PhaseListener
         from dynacut.live.process import Process
-        from dynacut.live.spawn import HeldProgram
-        from dynacut.live.trace import Trace
-        from dynacut.live.trace_tree import TreeTrace
-        from dynacut.live.traceable import may_block_all_signals
+        from dynacut.live.ptrace.patcher import locked
+        from dynacut.live.tracing.phases import PhaseListener
+        from dynacut.live.tracing.spawn import HeldProgram
+        from dynacut.live.tracing.trace import Trace
+        from dynacut.live.tracing.traceable import may_block_all_signals
+        from dynacut.live.tracing.tree import TreeTrace
 
         with ExitStack() as stack:
             held = stack.enter_context(HeldProgram(self._command)) if self._command else None
@@ -144,7 +144,7 @@ class Session:
         return failure
 
     def _readiness(self, pid: int) -> Readiness:
-        from dynacut.live.readiness import Readiness, output_files
+        from dynacut.live.tracing.readiness import Readiness, output_files
 
         arguments = self._arguments
         logs: list[Path] = []
@@ -161,7 +161,7 @@ class Session:
     def _modules(self, process: Process) -> list[Module]:
         modules = list(process.modules)
         if self._arguments.all_modules:
-            from dynacut.live.traceable import without_untraceable
+            from dynacut.live.tracing.traceable import without_untraceable
 
             modules, left_out = without_untraceable(process, modules)
             if left_out:
@@ -213,7 +213,7 @@ class Session:
         )
 
     def _typed(self, sources: list[PhaseListener | TextIO]) -> PhaseRequest | None:
-        from dynacut.live.phases import PhaseRequest, check_phase_name
+        from dynacut.live.tracing.phases import PhaseRequest, check_phase_name
 
         line = sys.stdin.readline()
         if not line:
@@ -240,7 +240,7 @@ class Session:
         return said
 
     def _write(self, trace: Trace) -> dict[str, tuple[Path, Coverage]]:
-        from dynacut.shared.drcov import write
+        from dynacut.shared.coverage.drcov import write
 
         output: Path = self._arguments.output
         logs = {}

@@ -10,7 +10,7 @@ from dynacut.cli.console import warn
 from dynacut.shared.errors import DynacutError
 
 if TYPE_CHECKING:
-    from dynacut.shared.coverage import Coverage, CoveredModule
+    from dynacut.shared.coverage.coverage import Coverage, CoveredModule
 
 OPERATIONS = ("merge", "intersect", "subtract")
 
@@ -34,7 +34,7 @@ def combine(arguments: argparse.Namespace, operation: str) -> Coverage:
     Raises:
         DynacutError: a log cannot be read, or the result not written.
     """
-    from dynacut.shared.drcov import write
+    from dynacut.shared.coverage.drcov import write
 
     first, *others = (_read(path, normalise=arguments.normalise) for path in getattr(arguments, operation))
     if operation == "merge":
@@ -50,8 +50,8 @@ def combine(arguments: argparse.Namespace, operation: str) -> Coverage:
 
 
 def _read(path: Path, *, normalise: bool) -> Coverage:
-    from dynacut.shared.coverage import Coverage
-    from dynacut.shared.drcov import read_log
+    from dynacut.shared.coverage.coverage import Coverage
+    from dynacut.shared.coverage.drcov import read_log
 
     log = read_log(path)
     for line in log.warnings:
@@ -62,7 +62,7 @@ def _read(path: Path, *, normalise: bool) -> Coverage:
 
 
 def _normalised(log: Path, module: CoveredModule) -> CoveredModule:
-    from dynacut.shared.suggest import code_of_file
+    from dynacut.shared.coverage.suggest import code_of_file
 
     if not module.blocks:
         return module

@@ -19,8 +19,8 @@ from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Scope
 
 if TYPE_CHECKING:
-    from dynacut.cli.trim.state import State
-    from dynacut.cli.trim.steps import Trim
+    from dynacut.jobs.trim.state import State
+    from dynacut.jobs.trim.steps import Trim
 
 HELP = "remove start-up code from a service: trace, learn, remove, in one go"
 DESCRIPTION = (
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     _check_usage(arguments, command)
     from dynacut.cli.trim.report import print_report, write_report
-    from dynacut.cli.trim.state import State
+    from dynacut.jobs.trim.state import State
     from dynacut.offline.processes import become_subreaper, require_root
 
     require_root("a trim")
@@ -156,7 +156,7 @@ def _request(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any
 
 def end_recorded(state: State, warning: str = "") -> None:
     """Ends the instance that the state tells of, but no later process of the same pid."""
-    from dynacut.cli.trim.service import end
+    from dynacut.jobs.trim.service import end
     from dynacut.offline.processes import start_time
 
     if (process := state.process) is not None:
@@ -169,10 +169,10 @@ def end_recorded(state: State, warning: str = "") -> None:
 
 
 def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell: Callable[[str], None]) -> Trim:
-    from dynacut.cli.trim.instance import Instance
-    from dynacut.cli.trim.service import Service
-    from dynacut.cli.trim.steps import Trim
-    from dynacut.cli.trim.tracer import PhaseTracer
+    from dynacut.jobs.trim.instance import Instance
+    from dynacut.jobs.trim.service import Service
+    from dynacut.jobs.trim.steps import Trim
+    from dynacut.jobs.trim.tracer import PhaseTracer
 
     service = Service(
         tuple(command),
@@ -193,7 +193,9 @@ def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell:
         arguments.quiet_passes,
         arguments.linger,
     )
-    return Trim(instance, tracer, tuple(arguments.init), tuple(arguments.serving), arguments.on_hit, arguments.scope)
+    return Trim(
+        instance, tracer, tuple(arguments.init), tuple(arguments.serving), arguments.on_hit, arguments.scope, warn
+    )
 
 
 def _do(trim: Trim, names: Sequence[str], *, quiet: bool) -> None:

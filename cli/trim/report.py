@@ -12,7 +12,7 @@ from dynacut.shared.errors import printable
 from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
-    from dynacut.cli.trim.steps import Trim
+    from dynacut.jobs.trim.steps import Trim
 
 
 def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
@@ -21,16 +21,16 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     Raises:
         DynacutError: a file is gone, or one cannot be written.
     """
-    from dynacut.cli.plan_startup import read_union
-    from dynacut.cli.show import page_of, write_page
-    from dynacut.shared.keep import planned_code
-    from dynacut.shared.picture import Phase, picture_of
-    from dynacut.shared.plan import load
-    from dynacut.shared.startup import startup_code
-    from dynacut.shared.trim_report import CHANGE_COLUMNS, CODE_COLUMNS, change_rows, code_rows, module_reports
+    from dynacut.cli.picture import page_of, write_page
+    from dynacut.jobs.trim.outcome import CHANGE_COLUMNS, CODE_COLUMNS, change_rows, code_rows, module_reports
+    from dynacut.shared.coverage.drcov import read_union
+    from dynacut.shared.coverage.keep import planned_code
+    from dynacut.shared.coverage.picture import Phase, picture_of
+    from dynacut.shared.coverage.startup import startup_code
+    from dynacut.shared.plan_file import load
 
     init, serving, learned, standing = (
-        read_union([trim.path(f"{name}.drcov")]) for name in ("init", "serving", "learned", "standing")
+        read_union([trim.path(f"{name}.drcov")], trim.warn) for name in ("init", "serving", "learned", "standing")
     )
     last = trim.instance.state.details(steps[-1]) or {}
     parts = startup_code(init, [serving], trim.tracer.modules)

@@ -16,8 +16,8 @@ from typing import Protocol
 
 from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.proc import TaskStatus, parse_start_time, parse_status, task_status, thread_ids
-from dynacut.live.resumption import ERESTARTNOHAND, in_syscall, resumption, was_interrupted
-from dynacut.live.stop_clock import StopClock
+from dynacut.live.ptrace.resumption import ERESTARTNOHAND, in_syscall, resumption, was_interrupted
+from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.target import SIGTRAP, Mapping, Module, Target
 

@@ -9,7 +9,7 @@ from dynacut.handlers.table import Table
 from dynacut.live.gdb.session import GdbSession
 from dynacut.live.gdb.target import GdbTarget
 from dynacut.live.process import Process
-from dynacut.live.stop_clock import StopClock
+from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.apply import (
     SIGTRAP_BIT,
     ThreadAmidError,

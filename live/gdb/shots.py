@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynacut.live.gdb.held import PAUSE, Held, HeldThread
-from dynacut.live.resumption import in_syscall, resumption
-from dynacut.live.stub import Stub, restoring_tail
-from dynacut.shared.dynamic import Dynamic
-from dynacut.shared.elf import ElfFile
+from dynacut.live.ptrace.resumption import in_syscall, resumption
+from dynacut.live.ptrace.stub import Stub, restoring_tail
+from dynacut.shared.binary.dynamic import Dynamic
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 _RSEQ_CS_OFFSET = 8

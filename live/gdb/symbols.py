@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 
 from dynacut.live.gdb.session import GdbError, GdbSession, quoted
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.symbols import DEBUG_ROOT
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.symbols import DEBUG_ROOT
 from dynacut.shared.target import Module
 
 _PLACE = re.compile(r"(?:starts at|No line number information available for) address (0x[0-9a-f]+)")

@@ -11,12 +11,12 @@ from dynacut.handlers.table import INPUT_OFFSET, OUTPUT_OFFSET, SLOT_COUNT, Kern
 from dynacut.live.gdb.held import Described, Held, ReadFile
 from dynacut.live.gdb.session import GdbSession
 from dynacut.live.gdb.shots import Shot, shoot
-from dynacut.live.masks import WITH_TEMPORARY_MASK
-from dynacut.live.resumption import in_syscall, resumption
-from dynacut.live.slack import find_slack
-from dynacut.live.slots import Slot, take_slot
-from dynacut.live.stop_clock import StopClock
-from dynacut.live.stub import Stub
+from dynacut.live.ptrace.masks import WITH_TEMPORARY_MASK
+from dynacut.live.ptrace.resumption import in_syscall, resumption
+from dynacut.live.ptrace.slack import find_slack
+from dynacut.live.ptrace.slots import Slot, take_slot
+from dynacut.live.ptrace.stop_clock import StopClock
+from dynacut.live.ptrace.stub import Stub
 from dynacut.shared.apply import SIGTRAP_BIT, Area
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole

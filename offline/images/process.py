@@ -13,7 +13,7 @@ from dynacut.offline.images.memory import ImageFile, Memory, open_mapped, read_v
 from dynacut.offline.images.pages import Pages
 from dynacut.offline.images.schema import CoreEntry, Message, MmEntry
 from dynacut.shared.apply import Area
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Hole
 from dynacut.shared.modules import called_name, modules_of

@@ -11,9 +11,10 @@ import pytest
 from dynacut.live.proc import read_mappings
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.symbols import symbols
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedMemory, PlannedModule, PlannedRemoval
-from dynacut.shared.symbols import symbols
+from dynacut.shared.plan_file import dumps
 
 from .conftest import Dynacut
 from .load import Load
@@ -53,7 +54,7 @@ def detour_plan(path: Path, pid: int) -> Path:
             PlannedMemory(f"{DATA:#x}", 4 * PAGE, "rw-", b"counter:" + struct.pack("<Q", 100), "set"),
         ),
     )
-    path.write_text(plan.to_toml())
+    path.write_text(dumps(plan))
     return path
 
 
@@ -155,7 +156,7 @@ def removal_plan(path: Path) -> Path:
     assert first + 2 * PAGE < starts[-1]
     modules = {"redis-server": PlannedModule(str(EXECUTABLE), ElfFile.open(EXECUTABLE).build_id)}
     removal = PlannedRemoval(f"redis-server+{first:#x}", 2 * PAGE, "sentinel")
-    path.write_text(Plan("without pages", modules=modules, removed=(removal,)).to_toml())
+    path.write_text(dumps(Plan("without pages", modules=modules, removed=(removal,))))
     return path
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dynacut.shared.block_cache import cached_block_map
-from dynacut.shared.elf import ElfFile
-from dynacut.shared.functions import function_at, function_ranges
+from dynacut.shared.binary.block_cache import cached_block_map
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.functions import function_at, function_ranges
 
 from .servers import HttpServer, Lighttpd, Nginx, Redis, Server, wait_until
 

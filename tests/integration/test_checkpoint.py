@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.live.tracee import Tracee
+from dynacut.live.ptrace.tracee import Tracee
 from dynacut.offline import processes
 from dynacut.offline.checkpoint import checkpoint
 from dynacut.offline.criu import Criu

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from dynacut.cli.compare import comparison
-from dynacut.cli.compare.probes import CommandProbe
-from dynacut.cli.compare.target import state_of
-from dynacut.cli.compare.ways import Settings, Way
+from dynacut.jobs.compare import comparison
+from dynacut.jobs.compare.probes import CommandProbe
+from dynacut.jobs.compare.target import state_of
+from dynacut.jobs.compare.ways import Settings, Way
 from dynacut.shared.errors import DynacutError
 
 from .checkpoints import the_criu
@@ -233,7 +233,7 @@ def test_a_probe_that_the_plan_refuses_is_named(redis: Redis, plan: Path, monkey
     before = state_of([redis.pid])
     monkeypatch.setattr(comparison, "_PATIENCE_SECONDS", 0.5)
     probe = CommandProbe(f"redis-cli -e -p {redis.port} set key value")
-    measuring = comparison.Comparison(Settings(plan, ("set",), None), [Way.LIVE], None, lambda _: None, renewed=False)
+    measuring = comparison.Comparison(Settings(plan, ("set",), None), [Way.LIVE], None, print, print, renewed=False)
     with pytest.raises(DynacutError, match="clients are no longer answered") as raised:
         measuring.run(lambda: nullcontext((redis.pid, probe)), 1)
     assert raised.value.advice == "give a probe that the plan does not refuse"

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dynacut.live.proc import task_status
-from dynacut.live.tracee import Tracee
+from dynacut.live.ptrace.tracee import Tracee
 from dynacut.offline import checkpoint, processes, round_trip
 from dynacut.offline import restore as restore_module
 from dynacut.offline.criu import VARIABLE

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynacut.live.proc import task_status
-from dynacut.live.tracee import Tracee
+from dynacut.live.ptrace.tracee import Tracee
 
 from .conftest import Dynacut
 from .gdbserver import GdbDynacut, GdbServer

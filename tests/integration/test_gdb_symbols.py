@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
 
 from .conftest import Dynacut
 from .gdbserver import GdbDynacut, GdbServer

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from dynacut.handlers.table import FEATURE_CAPACITY, REPAIR_CAPACITY, Table
-from dynacut.live import masks
 from dynacut.live.change import change
 from dynacut.live.process import Process
+from dynacut.live.ptrace import masks
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import PatchSet
-from dynacut.shared.plan import loads
+from dynacut.shared.plan_file import loads
 from dynacut.shared.target import Target
 
 from .conftest import Dynacut

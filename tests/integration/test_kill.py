@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import dynacut.live.change  # what the command imports when it is needed: here once, before the forks
-import dynacut.shared.lines
+import dynacut.shared.binary.lines
 import dynacut.shared.resolve  # noqa: F401
 from dynacut.cli.main import main
 from dynacut.live.proc import read_mappings, task_status, thread_ids

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.elf import ElfFile
-from dynacut.shared.symbols import SymbolTable
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.symbols import SymbolTable
 
 from .conftest import Dynacut, Rounds
 from .load import Load

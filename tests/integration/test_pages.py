@@ -7,12 +7,13 @@ from pathlib import Path
 from dynacut.live.proc import read_mappings
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
-from dynacut.shared.block_cache import cached_block_map
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.block_cache import cached_block_map
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.symbols import symbols
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedModule, PlannedSite, Scope
+from dynacut.shared.plan_file import dumps
 from dynacut.shared.region import find_region
-from dynacut.shared.symbols import symbols
 
 from .conftest import Dynacut
 from .servers import Redis
@@ -29,7 +30,7 @@ def sentinel_plan(path: Path, on_hit: str = "terminate") -> Path:
     sites = tuple(PlannedSite(f"redis-server+{block.start:#x}", block.size) for block in inside)
     feature = PlannedFeature("sentinel", OnHit.parse(on_hit), Scope.PAGE, sites)
     plan = Plan("no sentinel", (feature,), modules={"redis-server": PlannedModule(str(EXECUTABLE), elf.build_id)})
-    path.write_text(plan.to_toml())
+    path.write_text(dumps(plan))
     return path
 
 

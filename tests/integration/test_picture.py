@@ -11,7 +11,7 @@ import psutil
 import pytest
 from picture_page import Module, Page
 
-from dynacut.shared.drcov import read
+from dynacut.shared.coverage.drcov import read
 
 from .conftest import Dynacut
 from .servers import Nginx, RedisConnection, free_port

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dynacut.handlers.table import Action, TableSite
-from dynacut.live.patcher import Patcher
 from dynacut.live.process import Process
-from dynacut.live.trace import Trace
+from dynacut.live.ptrace.patcher import Patcher
+from dynacut.live.tracing.trace import Trace
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 
 from .conftest import Dynacut

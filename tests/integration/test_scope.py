@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from dynacut.live.proc import thread_ids
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.plan import Plan, PlannedModule, PlannedRemoval
+from dynacut.shared.plan_file import dumps
 from dynacut.shared.target import PAGE_SIZE
 
 from .conftest import Dynacut, Rounds
@@ -153,7 +154,7 @@ def test_pages_come_back_after_an_upgrade_as_they_were(program: Start, dynacut: 
     removal = PlannedRemoval(f"sites+{PAGE_SIZE:#x}", 2 * PAGE_SIZE, "pages")
     modules = {"spinner": PlannedModule(str(executable), ElfFile.open(executable).build_id)}
     pages = tmp_path / "pages.toml"
-    pages.write_text(Plan("without pages", modules=modules, removed=(removal,)).to_toml())
+    pages.write_text(dumps(Plan("without pages", modules=modules, removed=(removal,))))
     report = dynacut.json("live", "--pid", target.pid, "--plan", pages)
     assert report["features"][0]["unmapped_pages"] == 2
     upgraded = tmp_path / "upgraded"

@@ -12,7 +12,7 @@ import pytest
 
 from dynacut.cli.main import main
 from dynacut.live.proc import blocked_in, task_status
-from dynacut.live.tracee import Tracee
+from dynacut.live.ptrace.tracee import Tracee
 
 from .programs import DENIED, Program, compile_program, feature
 from .servers import wait_until

@@ -16,8 +16,8 @@ from .servers import become_subreaper, wait_until
 _HOLDER = """
 import sys, time
 from dynacut.live.process import Process
-from dynacut.live.spawn import HeldProgram
-from dynacut.live.trace import Trace
+from dynacut.live.tracing.spawn import HeldProgram
+from dynacut.live.tracing.trace import Trace
 
 held = HeldProgram(["sleep", "1000"])
 with Process(held.pid) as process:

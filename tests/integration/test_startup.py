@@ -18,8 +18,8 @@ import pytest
 from dynacut.handlers.table import TableSite
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
-from dynacut.shared.drcov import read
-from dynacut.shared.plan import load as load_plan
+from dynacut.shared.coverage.drcov import read
+from dynacut.shared.plan_file import load as load_plan
 from dynacut.shared.region import find_region
 from dynacut.shared.target import Target
 

@@ -13,16 +13,16 @@ import psutil
 import pytest
 
 from dynacut.handlers.table import FIRST_SLOT, SLOT_COUNT, SLOT_DONE_OFFSET, SLOT_SIZE
-from dynacut.live.passage import all_seen_outside
-from dynacut.live.patcher import Patcher
 from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process
-from dynacut.live.stop_clock import StopClock
-from dynacut.live.tracee import Tracee, prompt_stops
-from dynacut.live.window import all_stopped
+from dynacut.live.ptrace.passage import all_seen_outside
+from dynacut.live.ptrace.patcher import Patcher
+from dynacut.live.ptrace.stop_clock import StopClock
+from dynacut.live.ptrace.tracee import Tracee, prompt_stops
+from dynacut.live.ptrace.window import all_stopped
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.plan import loads
+from dynacut.shared.plan_file import loads
 from dynacut.shared.region import Region, find_region
 
 from .conftest import Dynacut, Rounds

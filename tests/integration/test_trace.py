@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dynacut.shared.drcov import read
+from dynacut.shared.coverage.drcov import read
 
 from .conftest import Dynacut
 from .programs import Program

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from dynacut.live.process import Process
-from dynacut.live.trace import armed_blocks, has_trace
-from dynacut.shared.drcov import read
+from dynacut.live.tracing.trace import armed_blocks, has_trace
+from dynacut.shared.coverage.drcov import read
 
 from .conftest import Dynacut
 from .programs import compile_program

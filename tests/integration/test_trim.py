@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from dynacut.offline import processes
-from dynacut.shared.drcov import read
-from dynacut.shared.keep import without
-from dynacut.shared.plan import load
+from dynacut.shared.coverage.drcov import read
+from dynacut.shared.coverage.keep import without
+from dynacut.shared.plan_file import load
 
 from .checkpoints import the_criu
 from .conftest import Dynacut

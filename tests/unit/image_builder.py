@@ -30,7 +30,7 @@ from dynacut.offline.images.schema import (
     PstreeEntry,
     VmaEntry,
 )
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.target import PAGE_SIZE
 
 PSTREE_MAGIC, FILES_MAGIC, INVENTORY_MAGIC = 0x50273030, 0x56303138, 0x58313116

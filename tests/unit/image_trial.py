@@ -15,7 +15,7 @@ from pathlib import Path
 
 from image_mutations import Mutant, Seed
 
-from dynacut.cli.image_shown import image_document
+from dynacut.cli.offline.look import image_document
 from dynacut.handlers.table import Table
 from dynacut.offline.change import change, look
 from dynacut.offline.images.image import Image

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.blocks import BlockMap
+from dynacut.shared.binary.blocks import BlockMap
 
 _TRACEME, _CONT, _GETREGS, _SETREGS, _SETOPTIONS = 0, 7, 12, 13, 0x4200
 _EXITKILL = 0x100000

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared import block_cache
-from dynacut.shared.block_cache import cached_block_map, load, store
-from dynacut.shared.blocks import BlockMap
-from dynacut.shared.cache_folder import cache_folder
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary import block_cache
+from dynacut.shared.binary.block_cache import cached_block_map, load, store
+from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.cache_folder import cache_folder
+from dynacut.shared.binary.elf import ElfFile
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
 CODE = "int f(int x) { return x ? x * 3 : 7; }\nint main(int c, char **v) { return f(c); }\n"
@@ -141,8 +141,8 @@ def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_warm_cache_needs_no_capstone(elf: ElfFile, folder: Path) -> None:
     cached_block_map(elf, folder)
     code = (
-        "import sys; from pathlib import Path; from dynacut.shared.elf import ElfFile;"
-        "from dynacut.shared.block_cache import load;"
+        "import sys; from pathlib import Path; from dynacut.shared.binary.elf import ElfFile;"
+        "from dynacut.shared.binary.block_cache import load;"
         f"blocks = load(ElfFile.open(Path({str(elf.path)!r})), Path({str(folder)!r}));"
         "start = blocks.block_starts[0]; assert blocks.is_boundary(start) and blocks.instruction_size(start);"
         "assert blocks.block_at(start).size and 'capstone' not in sys.modules"

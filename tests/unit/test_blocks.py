@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.blocks import (
+from dynacut.shared.binary.blocks import (
     Block,
     BlockMap,
     block_at,
@@ -21,11 +21,11 @@ from dynacut.shared.blocks import (
     instructions,
     is_instruction_boundary,
 )
-from dynacut.shared.decode import function_boundaries, instruction_size
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.decode import function_boundaries, instruction_size
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.functions import FunctionRange, function_at, function_ranges, landing_pads
+from dynacut.shared.binary.symbols import SymbolTable
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.functions import FunctionRange, function_at, function_ranges, landing_pads
-from dynacut.shared.symbols import SymbolTable
 
 needs_gcc = pytest.mark.skipif(
     not (shutil.which("gcc") and shutil.which("objdump")), reason="gcc or objdump is not installed"

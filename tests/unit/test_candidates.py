@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from one_shot import run
 
-from dynacut.shared.candidate import Candidate, CandidateKind, forced
-from dynacut.shared.candidates import MAX_CANDIDATES, find_candidates
 from dynacut.shared.code import Code
+from dynacut.shared.coverage.candidate import Candidate, CandidateKind, forced
+from dynacut.shared.coverage.candidates import MAX_CANDIDATES, find_candidates
+from dynacut.shared.coverage.flow import Flow
+from dynacut.shared.coverage.live_registers import Clobbered, clobbers
 from dynacut.shared.disassembly import disassembly
-from dynacut.shared.flow import Flow
-from dynacut.shared.live_registers import Clobbered, clobbers
-from dynacut.shared.plan import Plan, loads
+from dynacut.shared.plan import Plan
+from dynacut.shared.plan_file import dumps, loads
 from dynacut.shared.target import Module
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -130,7 +131,7 @@ def test_candidates_become_plans(built: Callable[..., Built]) -> None:
     best = find_candidates(program.code, program.blocks(["get", "k"]), program.blocks(["set", "k"]))[0]
     feature = best.as_feature("set", "table", program.code.elf)
     plan = Plan("table without set", (feature,))
-    assert loads(plan.to_toml()) == plan
+    assert loads(dumps(plan)) == plan
     assert feature.sites[0].at == f"table+{best.entry:#x}"
     assert feature.sites[0].size == best.size
     assert program.code.elf.read(best.entry, len(feature.sites[0].old)) == feature.sites[0].old

@@ -17,7 +17,7 @@ from dynacut.cli import console
 from dynacut.cli.main import main
 from dynacut.live import change as change_module
 from dynacut.live.change import Outcome
-from dynacut.live.stop_clock import StopClock
+from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import Scope
 from dynacut.shared.report import FeatureReport, Foreign, Inspection, SiteReport

@@ -15,12 +15,12 @@ from html_elements import Elements
 from dynacut.cli.compare import command
 from dynacut.cli.compare.document import MEASURES, cell, document_of, rows_of, verdicts_of
 from dynacut.cli.compare.page import page_of
-from dynacut.cli.compare.prober import Seen
-from dynacut.cli.compare.results import Facts, Measured, Observed, Results
-from dynacut.cli.compare.target import memory_of
-from dynacut.cli.compare.ways import Run, Settings, Step, Way, why_not
 from dynacut.cli.main import main
 from dynacut.cli.quantities import shown
+from dynacut.jobs.compare.prober import Seen
+from dynacut.jobs.compare.results import Facts, Measured, Observed, Results
+from dynacut.jobs.compare.target import memory_of
+from dynacut.jobs.compare.ways import Run, Settings, Step, Way, why_not
 
 PLAN = 'format = 1\n[[feature]]\nname = "set"\nsites = [{ at = "x+0x10" }]\n'
 # Options.

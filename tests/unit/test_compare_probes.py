@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.cli.compare.prober import Prober
-from dynacut.cli.compare.probes import (
+from dynacut.jobs.compare.prober import Prober
+from dynacut.jobs.compare.probes import (
     CommandProbe,
     HttpProbe,
     RedisProbe,
@@ -25,7 +25,7 @@ from dynacut.cli.compare.probes import (
     guessed,
     http_probe,
 )
-from dynacut.cli.compare.target import is_alive
+from dynacut.jobs.compare.target import is_alive
 
 Answer = Callable[[socket.socket], None]
 

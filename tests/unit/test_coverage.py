@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynacut.shared.blocks import BlockMap
-from dynacut.shared.coverage import Coverage, CoveredModule, file_name
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.coverage.coverage import Coverage, CoveredModule, file_name
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 some_blocks = st.dictionaries(st.integers(0, 60), st.integers(1, 20), max_size=12)

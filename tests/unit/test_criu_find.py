@@ -10,7 +10,7 @@ import pytest
 from dynacut.offline import criu as criu_module
 from dynacut.offline import processes
 from dynacut.offline.criu import VARIABLE, find_criu, log_errors
-from dynacut.shared.cache_folder import cache_folder
+from dynacut.shared.binary.cache_folder import cache_folder
 from dynacut.shared.errors import DynacutError
 
 VDSO = "Error (criu/vdso.c:269): vdso: Unexpected rt vDSO area bounds"

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dynacut.shared import drcov
-from dynacut.shared.coverage import Coverage, CoveredModule
-from dynacut.shared.drcov import read, read_log, write
+from dynacut.shared.coverage import drcov
+from dynacut.shared.coverage.coverage import Coverage, CoveredModule
+from dynacut.shared.coverage.drcov import read, read_log, write
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 REAL_LOGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "drcov"

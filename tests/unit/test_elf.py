@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynacut.shared import elf as elf_module
-from dynacut.shared.blocks import BlockMap
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary import elf as elf_module
+from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.functions import function_ranges, landing_pads
+from dynacut.shared.binary.lines import line_offsets
+from dynacut.shared.binary.symbols import SymbolTable, find_debug_file, symbols
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.functions import function_ranges, landing_pads
-from dynacut.shared.lines import line_offsets
-from dynacut.shared.symbols import SymbolTable, find_debug_file, symbols
 
 INSTALLED = ["/usr/bin/redis-server", "/usr/sbin/nginx", "/usr/lib/lighttpd/mod_webdav.so", "/bin/ls"]
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
@@ -235,10 +235,10 @@ def test_truncations_give_nothing_but_dynacut_errors(small_elf: bytes, share: fl
 
 def test_reading_elf_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from pathlib import Path; from dynacut.shared.elf import ElfFile;"
-        "from dynacut.shared.symbols import SymbolTable;"
-        "from dynacut.shared.functions import function_ranges;"
-        "from dynacut.shared import lines, block_cache;"
+        "import sys; from pathlib import Path; from dynacut.shared.binary.elf import ElfFile;"
+        "from dynacut.shared.binary.symbols import SymbolTable;"
+        "from dynacut.shared.binary.functions import function_ranges;"
+        "from dynacut.shared.binary import lines, block_cache;"
         "elf = ElfFile.open(Path('/bin/ls')); SymbolTable.of(elf, elf.path).lookup('x');"
         "function_ranges(elf);"
         "assert not {'capstone', 'elftools', 'lzma', 'difflib', 'hashlib'} & set(sys.modules)"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.blocks import BlockMap
-from dynacut.shared.elf import ElfFile
-from dynacut.shared.flow import Flow, Kind
-from dynacut.shared.functions import function_ranges
-from dynacut.shared.symbols import SymbolTable
+from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.functions import function_ranges
+from dynacut.shared.binary.symbols import SymbolTable
+from dynacut.shared.coverage.flow import Flow, Kind
 
 PROGRAMS = Path(__file__).with_name("programs")
 REDIS = Path("/usr/bin/redis-server")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared import function_cache
+from dynacut.shared.binary import function_cache
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.function_cache import cached_function_ranges, load, store
+from dynacut.shared.binary.functions import function_ranges
 from dynacut.shared.code import Code
-from dynacut.shared.elf import ElfFile
-from dynacut.shared.function_cache import cached_function_ranges, load, store
-from dynacut.shared.functions import function_ranges
 from dynacut.shared.target import Module
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.blocks import BlockMap
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.functions import PLT_SECTIONS, FunctionRange, function_at, function_ranges, landing_pads
+from dynacut.shared.binary.symbols import SymbolTable, symbols
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.functions import PLT_SECTIONS, FunctionRange, function_at, function_ranges, landing_pads
-from dynacut.shared.symbols import SymbolTable, symbols
 
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from dynacut.shared import gadgets
+from dynacut.shared.binary import gadgets
+from dynacut.shared.binary.gadgets import count_gadgets
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.gadgets import count_gadgets
 
 RET, INT3 = b"\xc3", b"\xcc"
 

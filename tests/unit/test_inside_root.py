@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.inside_root import _found, _found_without_links, open_inside
+from dynacut.shared.binary.inside_root import _found, _found_without_links, open_inside
 
 
 @pytest.mark.parametrize("found", [_found, _found_without_links])

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from test_sites import LIBRARY_BASE, MemoryTarget, new_target
 from test_table import Memory
 
-from dynacut.cli.listed import LEARNED, STANDING, show_blocks
+from dynacut.cli.block_lists import LEARNED, STANDING, show_blocks
 from dynacut.cli.main import main
 from dynacut.handlers.table import Action, TableSite
-from dynacut.shared.coverage import Coverage, CoveredModule
-from dynacut.shared.drcov import read, write
+from dynacut.shared.coverage.coverage import Coverage, CoveredModule
+from dynacut.shared.coverage.drcov import read, write
+from dynacut.shared.coverage.keep import learned_blocks, planned_code, union_of_all, without
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.keep import learned_blocks, planned_code, union_of_all, without
 from dynacut.shared.on_hit import OnHit
-from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope, load
+from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope
+from dynacut.shared.plan_file import dumps, load
 
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
 PATH, OTHER = "/usr/bin/server", "/usr/lib/libother.so.1"
@@ -203,7 +204,7 @@ def test_other_modules_and_sites_by_symbol_are_not_touched() -> None:
 
 def test_the_command_takes_learned_blocks_out_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan, log = tmp_path / "plan.toml", tmp_path / "learned.drcov"
-    plan.write_text(a_plan({0x100: 4, 0x200: 4}, {0x300: 4}).to_toml())
+    plan.write_text(dumps(a_plan({0x100: 4, 0x200: 4}, {0x300: 4})))
     write(log, kept({0x100: 4}))
     command = ["plan", "--plan", str(plan), "--keep", str(log)]
     final = tmp_path / "final.toml"
@@ -221,7 +222,7 @@ def test_the_command_takes_learned_blocks_out_in_place(tmp_path: Path, capsys: p
 
 def test_a_plan_is_as_before_if_nothing_would_be_left_or_a_log_is_broken(tmp_path: Path) -> None:
     plan, log = tmp_path / "plan.toml", tmp_path / "learned.drcov"
-    text = a_plan({0x100: 4}).to_toml()
+    text = dumps(a_plan({0x100: 4}))
     plan.write_text(text)
     write(log, kept({0x100: 4}))
     broken = tmp_path / "broken"

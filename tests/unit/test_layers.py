@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-LAYERS = {"cli": 3, "live": 2, "offline": 2, "shared": 1, "handlers": 0}
+LAYERS = {"cli": 4, "jobs": 3, "live": 2, "offline": 2, "shared": 1, "handlers": 0}
 SOURCES = sorted(path for layer in LAYERS for path in (PROJECT / layer).glob("**/*.py"))
 BACKEND_WORDS = ("ptrace", "criu", "crit", "pycriu", "protobuf", "google.protobuf", "psutil")
 

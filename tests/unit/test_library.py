@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from dynacut.handlers.table import MAGIC, KernelAction, Layout, Table, UserLibrary, Write
 from dynacut.live.process import Process
-from dynacut.shared.dynamic import Dynamic, Rela
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.dynamic import Dynamic, Rela
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.library import PROT_EXEC, PROT_READ, PROT_WRITE, Library
-from dynacut.shared.library_file import MAX_MEMORY_SIZE, LibraryFile
+from dynacut.shared.library.file import MAX_MEMORY_SIZE, LibraryFile
+from dynacut.shared.library.library import PROT_EXEC, PROT_READ, PROT_WRITE, Library
 from dynacut.shared.region import new_table
 from dynacut.shared.target import PAGE_SIZE
 

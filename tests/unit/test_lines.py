@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared.blocks import BlockMap
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.functions import function_at, function_ranges
+from dynacut.shared.binary.lines import file_with_lines, has_lines, line_offsets, nearest_lines
+from dynacut.shared.binary.source_lines import source_lines
+from dynacut.shared.binary.symbols import SymbolTable
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.functions import function_at, function_ranges
-from dynacut.shared.lines import file_with_lines, has_lines, line_offsets, nearest_lines
-from dynacut.shared.source_lines import source_lines
-from dynacut.shared.symbols import SymbolTable
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("gcc") and shutil.which("objdump")), reason="gcc or objdump is not installed"

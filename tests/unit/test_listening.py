@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from dynacut.live.listening import is_listening
+from dynacut.live.tracing.listening import is_listening
 
 
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])

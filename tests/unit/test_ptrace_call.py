@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dynacut.live import ptrace_call
+from dynacut.live.ptrace import ptrace_call
 
 NO_PROCESS = 1 << 22  # behind the highest pid that Linux gives (PID_MAX_LIMIT)
 

@@ -12,8 +12,8 @@ from test_sites import BASE, MemoryTarget, new_target
 from test_table import Memory
 
 from dynacut.handlers.table import Action, TableSite
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.code import CodeOf
-from dynacut.shared.elf import ElfFile
 from dynacut.shared.report import FeatureReport, SiteReport, features_of, foreign_changes
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")

@@ -14,12 +14,13 @@ from test_sites import BASE, MemoryTarget, new_target
 from test_table import Memory
 
 from dynacut.handlers.table import Action, KernelAction, Layout, Table, TableSite, UserLibrary
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.library import Library, LibrarySegment
+from dynacut.shared.library.library import Library, LibrarySegment
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP, OnHit
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
-from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope, loads
+from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope
+from dynacut.shared.plan_file import loads
 from dynacut.shared.resolve import disable, disable_again, enable, install, undo
 from dynacut.shared.target import PAGE_SIZE
 

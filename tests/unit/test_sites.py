@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.code import CodeOf
-from dynacut.shared.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.plan import PlannedModule
 from dynacut.shared.sites import Locator

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from test_sites import BASE, LIBRARY_BASE, MemoryTarget, new_target
 
-from dynacut.shared.standing import standing_of
+from dynacut.shared.coverage.standing import standing_of
 from dynacut.shared.target import Mapping
 
 STACK = 0x7FFF_FFFD_E000

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from one_shot import run
 
 from dynacut.cli.main import main
-from dynacut.shared.coverage import Coverage, CoveredModule
-from dynacut.shared.drcov import write
+from dynacut.shared.coverage.coverage import Coverage, CoveredModule
+from dynacut.shared.coverage.drcov import write
+from dynacut.shared.coverage.startup import StartupCode, split_at, startup_code, startup_plan
+from dynacut.shared.coverage.suggest import code_of_file
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
-from dynacut.shared.plan import Plan, Scope, load, loads
-from dynacut.shared.startup import StartupCode, split_at, startup_code, startup_plan
-from dynacut.shared.suggest import code_of_file
+from dynacut.shared.plan import Plan, Scope
+from dynacut.shared.plan_file import dumps, load, loads
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
 
@@ -204,7 +205,7 @@ def test_only_the_executable_is_taken_unless_others_are_named(tmp_path: Path) ->
 
 
 def planned(parts: list[StartupCode], on_hit: OnHit = LEARN, scope: Scope = Scope.ENTRY) -> Plan:
-    return loads(startup_plan(parts, on_hit, scope).to_toml())
+    return loads(dumps(startup_plan(parts, on_hit, scope)))
 
 
 def test_the_plan_is_one_feature_with_sizes_and_old_bytes() -> None:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynacut.live.resumption import SYSCALL_SIZE
-from dynacut.live.stub import Stub, restarting_stub, restoring_tail
+from dynacut.live.ptrace.resumption import SYSCALL_SIZE
+from dynacut.live.ptrace.stub import Stub, restarting_stub, restoring_tail
 
 capstone: Any = import_module("capstone")
 

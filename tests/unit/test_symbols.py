@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.shared import symbols as symbols_module
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary import symbols as symbols_module
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.symbols import SymbolTable, find_debug_file, mini_debug, symbols
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.symbols import SymbolTable, find_debug_file, mini_debug, symbols
 
 needs_tools = pytest.mark.skipif(
     not (shutil.which("gcc") and shutil.which("objcopy")), reason="gcc or objcopy is not installed"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dynacut.cli.main import main
-from dynacut.shared.blocks import BlockMap
-from dynacut.shared.coverage import Coverage, CoveredModule
-from dynacut.shared.drcov import read, write
-from dynacut.shared.elf import ElfFile
+from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.coverage.coverage import Coverage, CoveredModule
+from dynacut.shared.coverage.drcov import read, write
 
 SOURCE = """
 int wanted(int n) { int sum = 0; for (int i = 0; i < n; i++) sum += i % 3 ? i : 2 * i; return sum; }

@@ -113,7 +113,7 @@ class Program:
         assert self.ask(f"poke {address:x} {data.hex()}") == "ok"
 
     def install(self) -> None:
-        """As live/patcher.py does, but that the kernel writes the replaced action where table.h says."""
+        """As live/ptrace/patcher.py does, but that the kernel writes the replaced action where table.h says."""
         action = self.region.action(KernelAction())
         handler, restorer = action.handler - ADDRESS, action.restorer - ADDRESS
         assert self.ask(f"install {handler:x} {action.flags:x} {restorer:x}") == "0"

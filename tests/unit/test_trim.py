@@ -12,15 +12,15 @@ from typing import Any, cast
 import pytest
 
 from dynacut.cli.trim.command import end_recorded
-from dynacut.cli.trim.service import Service
-from dynacut.cli.trim.state import State
+from dynacut.jobs.trim.outcome import Amount, change_rows, code_rows, module_reports
+from dynacut.jobs.trim.service import Service
+from dynacut.jobs.trim.state import State
 from dynacut.offline.processes import start_time
-from dynacut.shared.coverage import Coverage
+from dynacut.shared.coverage.coverage import Coverage
+from dynacut.shared.coverage.startup import StartupCode
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedModule, PlannedSite, Scope
-from dynacut.shared.startup import StartupCode
-from dynacut.shared.trim_report import Amount, change_rows, code_rows, module_reports
 
 REQUEST: dict[str, Any] = {"command": ["server", "--port", "1"], "workload": ["true"], "pid": None}
 

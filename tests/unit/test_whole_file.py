@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.cli.plan_startup import write_plan
-from dynacut.shared.plan import loads
+from dynacut.shared.plan_file import loads, write
 from dynacut.shared.whole_file import write_whole
 
 PLAN = 'format=1\nname="x"\n[[feature]]\nname="w"\non_hit="terminate"\nsites=[{at="work"}]\n'
@@ -19,7 +18,7 @@ def test_a_plan_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / ".plan.toml.new").symlink_to(victim)
-    write_plan(tmp_path / "plan.toml", loads(PLAN), [])
+    write(tmp_path / "plan.toml", loads(PLAN), [])
     assert victim.read_text() == "precious"
     assert not (tmp_path / "plan.toml").is_symlink()
     assert "work" in (tmp_path / "plan.toml").read_text()

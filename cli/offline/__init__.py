@@ -1,0 +1,1 @@
+"""dynacut offline: what its command line asks for, and what only an image shows."""

@@ -1,0 +1,1 @@
+"""What needs both backends: comparing them, falling back from one to the other, removing start-up code."""

@@ -1,0 +1,194 @@
+"""The service that `dynacut trim` works on: started, known to be ready, put to work, measured, ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynacut.shared.errors import DynacutError, ExitStatus
+
+PID_VARIABLE = "DYNACUT_PID"
+"""Tells the commands of the workload which process they work on: for a reload by signal."""
+_POLL = 0.02
+_SHOWN_LINES = 8
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+
+
+@dataclass(frozen=True)
+class Service:
+    """How the service is started, and what it has to do.
+
+    command: empty for one that runs already. ready_port, ready_log: when it is ready (one of them, with a command).
+    workload, serve: shell commands of the requests, and of other later phases such as a reload. shutdown: those that
+    end it, each in another way; None is SIGTERM. timeout: seconds for each command, and until it is ready or has ended.
+    directory: where output.log and workload.log are.
+    """
+
+    command: tuple[str, ...]
+    directory: Path
+    workload: tuple[str, ...]
+    serve: tuple[str, ...] = ()
+    shutdown: tuple[str | None, ...] = (None,)
+    ready_port: int | None = None
+    ready_log: str | None = None
+    timeout: float = 300.0
+
+    @property
+    def output(self) -> Path:
+        """Where the service's own output goes."""
+        return self.directory / "output.log"
+
+    def start(self) -> int:
+        """Starts it as a daemon: in a session of its own, its output in the log; returns its pid when it is ready.
+
+        Raises:
+            DynacutError: it cannot be executed, has ended, or is not ready in time; nothing of it is left.
+        """
+        seen = self.log_size()
+        log = (os.POSIX_SPAWN_OPEN, 1, str(self.output), _APPEND, 0o600)
+        no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+        both = (os.POSIX_SPAWN_DUP2, 1, 2)
+        try:
+            pid = os.posix_spawnp(
+                self.command[0], self.command, os.environ, file_actions=[no_input, log, both], setsid=True
+            )
+        except OSError as error:
+            raise DynacutError(f"{self.command[0]} cannot be executed: {error.strerror}") from None
+        try:
+            self.await_ready(seen, lambda: is_alive(pid))
+        except BaseException:
+            end(pid)
+            raise
+        return pid
+
+    def log_size(self) -> int:
+        """How much the service has said so far, in bytes: readiness is looked for behind it."""
+        return self.output.stat().st_size if self.output.exists() else 0
+
+    def await_ready(self, seen: int, lives: Callable[[], bool]) -> None:
+        """Returns when it is ready. seen: log_size() before it was started.
+
+        Raises:
+            DynacutError: it ended before, or was not ready in time.
+        """
+        deadline = time.monotonic() + self.timeout
+        while not self._is_ready(seen):
+            if not lives():
+                raise DynacutError(
+                    "the program ended, or put itself in the background, before it was ready",
+                    f"let it run in the foreground (no daemon); {self.output} holds its output",
+                    details=self._last_lines(self.output),
+                )
+            if time.monotonic() > deadline:
+                raise DynacutError(
+                    f"the program was not ready within {self.timeout:.0f} s",
+                    f"check --ready-port or --ready-log; {self.output} holds its output",
+                    details=self._last_lines(self.output),
+                )
+            time.sleep(_POLL)
+
+    def _is_ready(self, seen: int) -> bool:
+        if self.ready_port is not None:
+            from dynacut.live.tracing.listening import is_listening
+
+            return is_listening(self.ready_port)
+        if self.ready_log is None or not self.output.exists():
+            return self.ready_log is None
+        with self.output.open("rb") as file:
+            file.seek(seen)
+            text = file.read().decode(errors="replace")
+        return re.search(self.ready_log, text, re.MULTILINE) is not None
+
+    def work(self, pid: int) -> None:
+        """Runs the workload, then the other serving phases, once.
+
+        Raises:
+            DynacutError: a command fails, or the service has ended; its status is CHECK_FAILED.
+        """
+        for command in (*self.workload, *self.serve):
+            self._run(command, pid)
+            if not is_alive(pid):
+                raise self._failed(f"the program ended during: {command}", self.output)
+
+    def _run(self, command: str, pid: int) -> None:
+        log = self.directory / "workload.log"
+        try:
+            descriptor = os.open(log, _APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DynacutError(
+                f"{log} cannot be written: {error.strerror}", "remove it, or give a new -o DIR"
+            ) from None
+        with os.fdopen(descriptor, "ab") as output:
+            output.write(f"$ {command}\n".encode(errors="surrogateescape"))
+            output.flush()
+            try:
+                done = subprocess.run(
+                    command,
+                    shell=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    timeout=self.timeout,
+                    env={**os.environ, PID_VARIABLE: str(pid)},
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise self._failed(f"no end within {self.timeout:.0f} s: {command}", log) from None
+        if done.returncode != 0:
+            raise self._failed(f"status {done.returncode} of: {command}", log)
+
+    def _failed(self, problem: str, log: Path) -> DynacutError:
+        return DynacutError(
+            problem,
+            f"see {log}; the commands must succeed on the untouched program as well",
+            details=self._last_lines(log),
+            status=ExitStatus.CHECK_FAILED,
+        )
+
+    def _last_lines(self, log: Path) -> Sequence[str]:
+        try:
+            return log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
+        except OSError:
+            return ()
+
+    def shut_down(self, pid: int, command: str | None) -> None:
+        """Ends it gracefully by one of the commands of shutdown, and returns when it has ended.
+
+        Raises:
+            DynacutError: it does not end in time.
+        """
+        if command is None:
+            os.kill(pid, signal.SIGTERM)
+        else:
+            self._run(command, pid)
+        deadline = time.monotonic() + self.timeout
+        while is_alive(pid):
+            if time.monotonic() > deadline:
+                raise DynacutError(
+                    f"process {pid} did not end within {self.timeout:.0f} s",
+                    "name the command that ends it by --shutdown CMD",
+                )
+            time.sleep(_POLL)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs and is no zombie."""
+    from dynacut.offline import processes
+
+    try:
+        return processes.status_of(pid)["State"][0] not in "ZX"
+    except (OSError, KeyError):
+        return False
+
+
+def end(pid: int) -> None:
+    """Kills a process with its descendants, and reaps them."""
+    from dynacut.offline import processes
+
+    processes.end(reversed(processes.tree_of(pid)))

@@ -1,0 +1,253 @@
+"""The steps of `dynacut trim`: each takes files of the directory, and leaves files there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynacut.jobs.trim.instance import TIMEOUT, Instance, put_back
+from dynacut.jobs.trim.measured import memory_of, trimmed_facts
+from dynacut.jobs.trim.tracer import PhaseTracer
+from dynacut.shared import plan_file
+from dynacut.shared.coverage.drcov import read_union
+from dynacut.shared.on_hit import OnHit
+from dynacut.shared.plan import Plan, Scope
+
+if TYPE_CHECKING:
+    from dynacut.handlers.table import Table
+    from dynacut.offline.images.image import Image
+    from dynacut.shared.coverage.coverage import Coverage
+    from dynacut.shared.patch_set import PatchSet
+    from dynacut.shared.target import Target
+
+Details = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trim:
+    """One trim in one directory.
+
+    init: logs of the start-up of a given process. serving: logs of later phases that the workload does not have.
+    on_hit, scope: of the final plan. warn: is told what a user should know.
+    """
+
+    instance: Instance
+    tracer: PhaseTracer
+    init: tuple[Path, ...]
+    serving: tuple[Path, ...]
+    on_hit: str
+    scope: str
+    warn: Callable[[str], None]
+
+    def path(self, name: str) -> Path:
+        """A file of the directory."""
+        return self.instance.path(name)
+
+    # What ran, and the plan.
+
+    def trace(self) -> Details:
+        """→ init.drcov, serving.drcov: traces an instance for each way to end it, or the one that runs."""
+        from dynacut.shared.coverage.drcov import write
+        from dynacut.shared.coverage.keep import union_of_all
+
+        given = self.instance.given
+        if given is None:
+            traced = [self.tracer.from_start(shutdown) for shutdown in self.tracer.service.shutdown]
+        else:
+            with self.instance.running():
+                traced = [self.tracer.running(given)]
+        if not all(phases.quiet for phases in traced):
+            self.warn(
+                f"after {self.tracer.passes} passes the workload still reached new code now and then: some paths may "
+                "not be known yet; allow more by --passes"
+            )
+        init = union_of_all(
+            [read_union(self.init, self.warn), *(phases.init for phases in traced if phases.init is not None)]
+        )
+        serving = union_of_all([read_union(self.serving, self.warn), *(phases.serving for phases in traced)])
+        write(self.path("init.drcov"), init)
+        write(self.path("serving.drcov"), serving)
+        return {
+            "init_blocks": init.count,
+            "serving_blocks": serving.count,
+            "passes": sum(phases.passes for phases in traced),
+        }
+
+    def plan(self) -> Details:
+        """→ plan-learn.toml."""
+        from dynacut.shared.coverage.startup import startup_code, startup_plan
+
+        init, serving = (
+            read_union([self.path("init.drcov")], self.warn),
+            read_union([self.path("serving.drcov")], self.warn),
+        )
+        parts = startup_code(init, [serving], self.tracer.modules)
+        # The handler puts bytes back, but cannot map pages: those wait for the final plan.
+        scope = Scope.BLOCK if self.scope == Scope.PAGE else Scope(self.scope)
+        plan = startup_plan(parts, OnHit.parse("learn"), scope)
+        plan_file.write(self.path("plan-learn.toml"), plan, ["Start-up code, to be learned from."])
+        return {"blocks": sum(len(part.only) for part in parts)}
+
+    # By way of a checkpoint.
+
+    def checkpoint(self) -> Details:
+        """→ image/: of the untouched service, when the workload has passed once."""
+        state = self.instance.state
+        if not (self.instance.was_dumped and self.instance.has_image("image")):
+            with self.instance.running() as pid:
+                self.tracer.tell("workload on the untouched program")
+                self.tracer.service.work(pid)
+                state.note("memory", memory_of(pid))
+                self.instance.cleared("image-learned")
+                self.instance.dump(pid, "image")
+        return {"memory": state.noted("memory")}
+
+    def learn(self) -> Details:
+        """image/ → image-learn/, standing.drcov; restored and put to work → learned.drcov, image-learned/."""
+        from dynacut.offline.images.image import Image
+        from dynacut.shared import resolve
+        from dynacut.shared.coverage.drcov import write
+        from dynacut.shared.coverage.keep import without
+
+        was_learned = self.instance.was_dumped and self.instance.has_image("image-learned")
+        with Image(self.path("image")) as image:
+            stay = _standing_in(image)
+            write(self.path("standing.drcov"), stay)
+            plan, left_out = without(plan_file.load(self.path("plan-learn.toml")), stay)
+            if not was_learned:
+                self._rewrite(image, "image-learn", lambda target, table: resolve.disable(plan, target, table))
+        passes = 0
+        if not was_learned:
+            with self.instance.restored("image-learn") as pid:
+                passes, found = self._work_until_learned(pid)
+                write(self.path("learned.drcov"), found)
+                self.instance.dump(pid, "image-learned")
+        learned = read_union([self.path("learned.drcov")], self.warn).count
+        return {"passes": passes, "learned": learned, "standing": left_out}
+
+    def remove(self) -> Details:
+        """image-learned/ → plan.toml, image-final/."""
+        from dynacut.offline import patcher
+        from dynacut.offline.images.image import Image
+        from dynacut.offline.images.process import ImageProcess
+        from dynacut.shared import resolve
+        from dynacut.shared.region import find_region
+
+        with Image(self.path("image-learned")) as image:
+            plan = self._final_plan(_standing_in(image))
+
+            def learn_no_more(target: Target, table: Table | None) -> PatchSet:
+                assert isinstance(target, ImageProcess)
+                patcher.apply(target, put_back(target, table))
+                found = find_region(target)
+                return resolve.disable(plan, target, found.table if found else None)
+
+            self._rewrite(image, "image-final", learn_no_more)
+        return {"sites": _site_count(plan)}
+
+    def check(self) -> Details:
+        """image-final/ → the service runs, without its start-up code; the workload passes."""
+        with self.instance.restored("image-final") as pid:
+            self.tracer.tell("workload on the trimmed program")
+            self.tracer.service.work(pid)
+            details = self._facts(pid)
+        memory = (self.instance.state.details("checkpoint") or {})["memory"]
+        return {"memory_before": memory, **details}
+
+    def _rewrite(self, image: Image, name: str, resolve: Callable[[Target, Table | None], PatchSet]) -> None:
+        from dynacut.offline.change import change
+
+        self.tracer.tell("rewriting the image")
+        change(image, resolve, self.instance.cleared(name), dry_run=False, flat=False)
+
+    # Live.
+
+    def live(self) -> Details:
+        """The same without a checkpoint → standing.drcov, learned.drcov, plan.toml; the service runs on, trimmed."""
+        from dynacut.live.change import change
+        from dynacut.live.learned import standing
+        from dynacut.shared import resolve
+        from dynacut.shared.coverage.drcov import write
+        from dynacut.shared.coverage.keep import union_of_all, without
+
+        def apply(resolve: Callable[[Target, Table | None], PatchSet]) -> None:
+            change(pid, resolve, tree=True, dry_run=False, timeout=TIMEOUT)
+
+        with self.instance.running() as pid:
+            self.tracer.tell("workload on the untouched program")
+            self.tracer.service.work(pid)
+            memory = memory_of(pid)
+            stay = standing(pid, tree=True)
+            write(self.path("standing.drcov"), stay)
+            plan, left_out = without(plan_file.load(self.path("plan-learn.toml")), stay)
+            apply(lambda *where: resolve.disable(plan, *where))
+            passes, found = self._work_until_learned(pid)
+            write(self.path("learned.drcov"), found)
+            self.tracer.tell("removing for good")
+            apply(put_back)
+            final = self._final_plan(union_of_all([stay, standing(pid, tree=True)]))
+            apply(lambda *where: resolve.disable(final, *where))
+            self.tracer.tell("workload on the trimmed program")
+            self.tracer.service.work(pid)
+            details = self._facts(pid)
+        counts = {"passes": passes, "learned": found.count, "standing": left_out, "sites": _site_count(final)}
+        return {"memory_before": memory, **counts, **details}
+
+    # What both have in common.
+
+    def _work_until_learned(self, pid: int) -> tuple[int, Coverage]:
+        """Runs the workload until enough passes learn nothing more: how many it were, and what was learned."""
+        from dynacut.live.learned import learned
+
+        tracer = self.tracer
+        before = quiet = number = 0
+        while number < tracer.passes and quiet < tracer.quiet:
+            number += 1
+            tracer.tell(f"learning, pass {number}: {before:,} blocks so far")
+            tracer.service.work(pid)
+            time.sleep(tracer.idle)
+            found = learned(pid, tree=True).count
+            quiet = quiet + 1 if found == before else 0
+            before = found
+        tracer.tell(f"left to itself for {tracer.linger:.0f} s: {before:,} blocks so far")
+        time.sleep(tracer.linger)
+        return number, learned(pid, tree=True)
+
+    def _final_plan(self, stay: Coverage) -> Plan:
+        """→ plan.toml, standing.drcov. stay: where threads are now."""
+        from dynacut.shared.coverage.drcov import write
+        from dynacut.shared.coverage.keep import union_of_all, without
+
+        stay = union_of_all([read_union([self.path("standing.drcov")], self.warn), stay])
+        write(self.path("standing.drcov"), stay)
+        learned = read_union([self.path("learned.drcov")], self.warn)
+        plan, _ = without(plan_file.load(self.path("plan-learn.toml")), union_of_all([stay, learned]))
+        plan = plan.with_action(OnHit.parse(self.on_hit), Scope(self.scope))
+        plan_file.write(self.path("plan.toml"), plan, ["Start-up code, without what was learned or in use."])
+        return plan
+
+    def _facts(self, pid: int) -> Details:
+        self.tracer.tell("counting gadgets")
+        details = trimmed_facts(pid, plan_file.load(self.path("plan.toml")))
+        self.instance.note(pid)
+        return details
+
+
+def _standing_in(image: Image) -> Coverage:
+    """Where the threads of an image are, of all processes that run the root's program."""
+    from dynacut.shared.coverage.keep import union_of_all
+    from dynacut.shared.coverage.standing import standing_of
+
+    root = image.processes[0]
+    return union_of_all(
+        standing_of(process, [(thread.rip, thread.rsp) for thread in process.threads])
+        for process in image.processes
+        if process.exe == root.exe
+    )
+
+
+def _site_count(plan: Plan) -> int:
+    return sum(len(feature.sites) for feature in plan.features)

@@ -1,0 +1,162 @@
+"""The first step of `dynacut trim`: which blocks run at start-up, and which in any later phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynacut.jobs.trim.instance import Instance
+from dynacut.jobs.trim.service import Service, is_alive
+from dynacut.shared.errors import DynacutError
+
+if TYPE_CHECKING:
+    from dynacut.live.process import Process
+    from dynacut.live.tracing.trace import Trace
+    from dynacut.shared.coverage.coverage import Coverage
+    from dynacut.shared.target import Module
+
+_POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Phases:
+    """What ran. init is None where the program ran already.
+
+    passes: how often the workload was run. quiet: whether its last passes reached nothing new.
+    """
+
+    init: Coverage | None
+    serving: Coverage
+    passes: int
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class PhaseTracer:
+    """How phases are traced.
+
+    modules: names; none for the executable. idle: seconds without a new block after which a pass is over. passes: the
+    most runs of the workload. quiet: so many in a row must reach nothing new, as the same requests take other paths
+    when their packets come at other times. linger: seconds left to the service after the last pass, for what its timers
+    do.
+    """
+
+    instance: Instance
+    modules: tuple[str, ...]
+    idle: float
+    passes: int
+    quiet: int
+    linger: float
+
+    @property
+    def service(self) -> Service:
+        """The instance's."""
+        return self.instance.service
+
+    def tell(self, step: str) -> None:
+        """Tells what is being done."""
+        self.instance.tell(step)
+
+    def from_start(self, shutdown: str | None) -> Phases:
+        """Starts an instance of the service for this alone, and traces it from its entry point to its end.
+
+        shutdown: the command that ends it; None: SIGTERM does.
+
+        Raises:
+            DynacutError: it cannot be traced, a command fails, or it does not end.
+        """
+        from dynacut.live.admission import admit
+        from dynacut.live.process import Process
+        from dynacut.live.ptrace.patcher import locked
+        from dynacut.live.tracing.spawn import HeldProgram
+        from dynacut.live.tracing.trace import Trace
+
+        seen = self.service.log_size()
+        with ExitStack() as stack:
+            held = stack.enter_context(HeldProgram(self.service.command, self.service.output))
+            stack.callback(self.instance.end, held.pid)
+            self.instance.note(held.pid)
+            admit(held.pid, changing=True)
+            stack.enter_context(locked(held.pid))
+            process = stack.enter_context(Process(held.pid))
+            held.await_entry(process, timeout=10.0)
+            trace = Trace(process, self._chosen(process))
+            self.tell("finding blocks and arming them")
+            trace.arm()
+            held.release(process)
+            trace.note(held.entry)
+            self.tell("waiting until the program is ready")
+            self.service.await_ready(seen, lambda: is_alive(held.pid))
+            self._await_quiet(trace)
+            init = trace.next_phase()
+            passes, quiet = self._work(trace, held.pid)
+            self.tell("shutting the program down")
+            self.service.shut_down(held.pid, shutdown)
+            return Phases(init, trace.coverage(), passes, quiet)
+
+    def running(self, pid: int) -> Phases:
+        """Traces the workload of a service that runs, with its descendants, and takes the trace out of it again.
+
+        Raises:
+            DynacutError: it cannot be traced, or a command fails.
+        """
+        from dynacut.live.admission import admit
+        from dynacut.live.process import Process
+        from dynacut.live.ptrace.patcher import locked
+        from dynacut.live.tracing.tree import TreeTrace
+
+        with ExitStack() as stack:
+            admit(pid, changing=True)
+            stack.enter_context(locked(pid))
+            process = stack.enter_context(Process(pid))
+            trace = stack.enter_context(TreeTrace(process, self._chosen(process)))
+            self.tell("finding blocks and arming them")
+            trace.arm()
+            try:
+                passes, quiet = self._work(trace, pid)
+            finally:
+                trace.disarm()
+            return Phases(None, trace.coverage(), passes, quiet)
+
+    def _chosen(self, process: Process) -> Sequence[Module]:
+        if not self.modules:
+            return process.modules[:1]
+        chosen = []
+        for name in self.modules:
+            found = [module for module in process.modules if name in module.names]
+            if not found:
+                known = ", ".join(module.name for module in process.modules)
+                raise DynacutError(f"{process.label} has no module {name!r}", f"it has {known}")
+            chosen += found
+        return chosen
+
+    def _work(self, trace: Trace, pid: int) -> tuple[int, bool]:
+        """Runs the workload until enough passes, with the idle time after each, reach no new block, then lingers.
+
+        Returns how many passes it were, and whether the last ones reached nothing new.
+        """
+        blocks = quiet = number = 0
+        while number < self.passes and quiet < self.quiet:
+            number += 1
+            self.tell(f"workload, pass {number}: {blocks:,} blocks so far")
+            self.service.work(pid)
+            self._await_quiet(trace)
+            quiet = quiet + 1 if trace.poll() == blocks else 0
+            blocks = trace.poll()
+        end = time.monotonic() + self.linger
+        while (left := end - time.monotonic()) > 0:
+            self.tell(f"left to itself for {left:.0f} s: {trace.poll():,} blocks so far")
+            time.sleep(min(_POLL, left))
+        return number, quiet == self.quiet
+
+    def _await_quiet(self, trace: Trace) -> None:
+        """Returns when no block was new for the idle time, or the workload's timeout is over."""
+        deadline = time.monotonic() + self.service.timeout
+        blocks, since = trace.poll(), time.monotonic()
+        while time.monotonic() - since < self.idle and time.monotonic() < deadline:
+            time.sleep(min(_POLL, self.idle))
+            if trace.poll() != blocks:
+                blocks, since = trace.poll(), time.monotonic()

@@ -1,0 +1,327 @@
+"""Where a module's functions are, from .eh_frame: it is there in stripped binaries too.
+
+Layout: the LSB core specification, "Exception Frames", and DWARF 4 section 6.4. A walk of our own, because
+pyelftools needs 0.48 s for redis. Measured on redis, nginx and lighttpd: the ranges cover 97-98 % of .text.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from dynacut.shared.binary.elf import SHT_NOBITS, ElfFile
+from dynacut.shared.errors import DynacutError
+
+PLT_SECTIONS = frozenset({".plt", ".plt.got", ".plt.sec", ".plt.bnd", ".iplt"})
+"""Sections of stubs: they have FDEs (one for the whole section), but hold no function."""
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_PC_REL_SDATA4 = 0x1B
+_OMIT = 0xFF
+_FIXED = {0x00: "<Q", 0x02: "<H", 0x03: "<I", 0x04: "<Q", 0x0A: "<h", 0x0B: "<i", 0x0C: "<q"}
+_FAST_RANGE = struct.Struct("<iI")
+# What a signal trampoline starts with: mov $15,%rax and mov $15,%eax (__NR_rt_sigreturn).
+_SIGRETURN = (b"\x48\xc7\xc0\x0f\0\0\0", b"\xb8\x0f\0\0\0")
+
+
+class FunctionRange(NamedTuple):
+    """The code that one FDE describes, as module offsets; end is exclusive. A .cold part has its own."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Cie:
+    pointer_encoding: int
+    lsda_encoding: int
+    has_length: bool
+    is_signal_frame: bool
+
+    @cached_property
+    def is_simple(self) -> bool:
+        """Whether its FDEs are as C compilers write nearly all: a relative start, a size, and no more to know."""
+        return self.pointer_encoding == _PC_REL_SDATA4 and self.lsda_encoding == _OMIT and not self.is_signal_frame
+
+
+class _Fde(NamedTuple):
+    start: int
+    end: int
+    lsda: int | None
+    is_signal_frame: bool
+
+
+class _Reader:
+    """A cursor over encoded data whose first byte has a vaddr."""
+
+    def __init__(self, data: memoryview, address: int) -> None:
+        self.data = data
+        self.address = address
+
+    def leb128(self, position: int, *, signed: bool = False) -> tuple[int, int]:
+        """Return the number at position and the position after it; IndexError at the end of the data."""
+        value = shift = 0
+        while True:
+            byte = self.data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+            if shift > 63:
+                raise DynacutError("a LEB128 number has more than 64 bits")
+        if signed and byte & 0x40:
+            value -= 1 << shift
+        return value, position
+
+    def pointer(self, encoding: int, position: int) -> tuple[int, int]:
+        """Return a DW_EH_PE_* pointer as a vaddr, and the position after it; 0 stays 0, as for unwinders."""
+        form, application = encoding & 0x0F, encoding & 0x70
+        if form in (0x01, 0x09):
+            value, after = self.leb128(position, signed=form == 0x09)
+        elif form in _FIXED:
+            value = struct.unpack_from(_FIXED[form], self.data, position)[0]
+            after = position + struct.calcsize(_FIXED[form])
+        else:
+            raise DynacutError(f"pointer encoding {encoding:#x} is unknown")
+        if application == 0x10 and value:
+            value += self.address + position
+        elif application not in (0x00, 0x10):
+            raise DynacutError(f"pointer encoding {encoding:#x} is not supported")
+        return value & 0xFFFF_FFFF_FFFF_FFFF, after
+
+
+def function_ranges(elf: ElfFile) -> tuple[FunctionRange, ...]:
+    """Return the code ranges that .eh_frame describes, ascending and not overlapping.
+
+    Empty if the file has no .eh_frame. Left out: PLT stubs, ranges that are not in the file-backed part of an
+    executable segment (functions the linker dropped), and signal frames that are no sigreturn trampoline.
+    Where ranges overlap, the former ends where the latter begins, and what then belongs to none is not code
+    we know anything about. DynacutError if the section is malformed.
+    """
+    stubs = [
+        (section.address - elf.link_base, section.address - elf.link_base + section.size)
+        for section in elf.sections
+        if section.name in PLT_SECTIONS
+    ]
+    first_stub = min((first for first, _ in stubs), default=0)
+    last_stub = max((last for _, last in stubs), default=0)
+    executable = [(s.offset, s.file_end) for s in elf.segments if s.executable]
+    low = high = 0  # the segment of the range before: nearly always this one's too
+    found: dict[int, int] = {}
+    for start, end, _, is_signal_frame in _fdes(elf):
+        if start >= end:
+            continue
+        if first_stub <= start < last_stub and any(first <= start < last for first, last in stubs):
+            continue
+        if not (low <= start and end <= high):
+            place = next((place for place in executable if place[0] <= start and end <= place[1]), None)
+            if place is None:
+                continue
+            low, high = place
+        if not elf.sections and _is_stub(elf.read(start, min(12, end - start))):
+            continue
+        if is_signal_frame:
+            adjusted = _signal_frame_start(elf, start, end)
+            if adjusted is None:
+                continue
+            start = adjusted
+        found[start] = max(end, found.get(start, 0))
+    ordered = sorted(found.items())
+    limits = (*(start for start, _ in ordered[1:]), 1 << 64)
+    return tuple(
+        FunctionRange(start, end if end < limit else limit)
+        for (start, end), limit in zip(ordered, limits, strict=False)
+    )
+
+
+def function_at(ranges: Sequence[FunctionRange], offset: int) -> FunctionRange | None:
+    """Return the range that holds a module offset, or None; ranges as function_ranges gives them."""
+    index = bisect_right(ranges, (offset, 1 << 64)) - 1  # without a key function, ten times as quick
+    if index >= 0 and offset < ranges[index].end:
+        return ranges[index]
+    return None
+
+
+def landing_pads(elf: ElfFile) -> tuple[int, ...]:
+    """Return where C++ and Rust unwinding enters functions (module offsets): no branch leads there.
+
+    From the call-site tables that the FDEs name (.gcc_except_table; Itanium C++ ABI, "Exception Handling
+    Tables"). DynacutError if a table is malformed.
+    """
+    pads: set[int] = set()
+    budget = len(elf.data)  # hostile FDEs could all name one large table
+    for fde in _fdes(elf):
+        if fde.lsda is None:
+            continue
+        segment = elf.segment_at(fde.lsda)
+        if segment is None or fde.lsda >= segment.file_end:
+            raise elf.malformed(f"an exception table at {fde.lsda:#x}")
+        data = elf.view(fde.lsda, segment.file_end - fde.lsda)
+        try:
+            for pad in _pads_of(_Reader(data, fde.lsda + elf.link_base), fde.start + elf.link_base):
+                budget -= 1
+                if budget < 0:
+                    raise DynacutError("more call sites than bytes")
+                if pad is not None:
+                    pads.add(pad)
+        except (struct.error, IndexError, DynacutError) as error:
+            raise elf.malformed(f"the exception table at {fde.lsda:#x}: {error}") from error
+    return tuple(sorted(pad - elf.link_base for pad in pads))
+
+
+def _pads_of(table: _Reader, function_start: int) -> Iterator[int | None]:
+    """Yield the landing pad of each call site, None where it has none."""
+    encoding, position = table.data[0], 1
+    pads_base = function_start
+    if encoding != _OMIT:
+        pads_base, position = table.pointer(encoding, position)
+    encoding, position = table.data[position], position + 1
+    if encoding != _OMIT:
+        _, position = table.leb128(position)
+    encoding, position = table.data[position], position + 1
+    size, position = table.leb128(position)
+    end = position + size
+    while position < end:
+        _, position = table.pointer(encoding & 0x0F, position)
+        _, position = table.pointer(encoding & 0x0F, position)
+        pad, position = table.pointer(encoding & 0x0F, position)
+        _, position = table.leb128(position)
+        yield pads_base + pad if pad else None
+
+
+def _is_stub(code: bytes) -> bool:
+    """Whether code starts like a PLT: jmp or push of slot(%rip). For files without section names."""
+    code = code.removeprefix(b"\xf3\x0f\x1e\xfa").removeprefix(b"\xf2")
+    return code[:2] in (b"\xff\x25", b"\xff\x35")
+
+
+def _signal_frame_start(elf: ElfFile, start: int, end: int) -> int | None:
+    """Return where the trampoline begins: glibc's FDE starts a byte before, as unwinders look up pc - 1."""
+    code = elf.read(start, min(8, end - start))
+    for shift in (0, 1):
+        if code[shift:].startswith(_SIGRETURN):
+            return start + shift
+    return None
+
+
+def _eh_frame(elf: ElfFile) -> tuple[memoryview, int, bool] | None:
+    """Return .eh_frame's bytes, its vaddr, and whether it ends at the first zero, not at the data's end."""
+    section = elf.section(".eh_frame")
+    if section is not None:
+        if not section.is_loaded or not section.size or section.kind == SHT_NOBITS:  # NOBITS: a debug file
+            return None
+        # The bytes that are mapped, wherever a hostile section header says they are in the file.
+        return elf.view(section.address - elf.link_base, section.size), section.address, False
+    header_at = elf.eh_frame_header
+    if header_at is None or elf.sections:
+        return None
+    header = elf.view(header_at, 8)
+    if header[0] != 1 or header[1] == _OMIT:
+        return None
+    address, _ = _Reader(header, header_at + elf.link_base).pointer(header[1], 4)
+    segment = elf.segment_at(address - elf.link_base)
+    if segment is None or address - elf.link_base >= segment.file_end:
+        raise elf.malformed(".eh_frame_hdr points outside the file")
+    offset = address - elf.link_base
+    return elf.view(offset, segment.file_end - offset), address, True
+
+
+def _fdes(elf: ElfFile) -> Iterator[_Fde]:
+    place = None
+    try:
+        place = _eh_frame(elf)
+        if place is not None:
+            yield from _walk(*place, elf.link_base)
+    except (struct.error, IndexError, DynacutError) as error:
+        raise elf.malformed(f".eh_frame: {error}") from error
+
+
+def _walk(data: memoryview, address: int, stops_at_zero: bool, link_base: int) -> Iterator[_Fde]:
+    reader = _Reader(data, address)
+    cies: dict[int, _Cie] = {}
+    position, size = 0, len(data)
+    while position + 4 <= size:
+        entry = position
+        length = _U32.unpack_from(data, position)[0]
+        position += 4
+        if length == 0:
+            if stops_at_zero:
+                return
+            continue
+        if length == 0xFFFF_FFFF:
+            length = _U64.unpack_from(data, position)[0]
+            position += 8
+        end = position + length
+        if end > size:
+            raise DynacutError(f"an entry at {entry:#x} is longer than the section")
+        # In .eh_frame this field has 4 bytes even when the length has 8 (unlike .debug_frame).
+        cie_distance = _U32.unpack_from(data, position)[0]
+        if cie_distance:
+            cie_at = position - cie_distance
+            cie = cies.get(cie_at)
+            if cie is None:
+                cie = cies[cie_at] = _parse_cie(data, address, cie_at)
+            if cie.is_simple and length >= 12:
+                distance, code_size = _FAST_RANGE.unpack_from(data, position + 4)
+                start = address - link_base + position + 4 + distance
+                yield _Fde(start, start + code_size, None, False)
+                position = end
+                continue
+            yield _parse_fde(reader, cie, position + 4, end, link_base)
+        position = end
+
+
+def _parse_cie(data: memoryview, address: int, entry: int) -> _Cie:
+    if entry < 0:
+        raise DynacutError("an FDE refers to a CIE before the section")
+    length = _U32.unpack_from(data, entry)[0]
+    position = entry + 4
+    if length == 0xFFFF_FFFF:
+        length = _U64.unpack_from(data, position)[0]
+        position += 8
+    end = position + length
+    if end > len(data) or _U32.unpack_from(data, position)[0] != 0:
+        raise DynacutError(f"no CIE at {entry:#x}")
+    reader = _Reader(data[:end], address)
+    version = data[position + 4]
+    position += 5
+    augmentation = bytes(data[position : min(end, position + 32)]).partition(b"\0")[0].decode("latin-1")
+    position += len(augmentation) + 1
+    if version not in (1, 3) or (augmentation and augmentation[0] != "z"):
+        raise DynacutError(f"CIE version {version} with augmentation {augmentation!r} is not supported")
+    _, position = reader.leb128(position)
+    _, position = reader.leb128(position, signed=True)
+    position = position + 1 if version == 1 else reader.leb128(position)[1]
+    pointer_encoding, lsda_encoding = 0, _OMIT
+    if augmentation:
+        _, position = reader.leb128(position)
+    for letter in augmentation[1:]:
+        if letter == "R":
+            pointer_encoding, position = reader.data[position], position + 1
+        elif letter == "L":
+            lsda_encoding, position = reader.data[position], position + 1
+        elif letter == "P":
+            _, position = reader.pointer(reader.data[position] & 0x7F, position + 1)
+        elif letter != "S":
+            raise DynacutError(f"CIE augmentation {augmentation!r} is not supported")
+    if pointer_encoding & 0x80:
+        raise DynacutError(f"pointer encoding {pointer_encoding:#x} is not supported")
+    return _Cie(pointer_encoding, lsda_encoding, bool(augmentation), "S" in augmentation)
+
+
+def _parse_fde(reader: _Reader, cie: _Cie, position: int, end: int, link_base: int) -> _Fde:
+    start, position = reader.pointer(cie.pointer_encoding, position)
+    size, position = reader.pointer(cie.pointer_encoding & 0x07, position)
+    lsda = None
+    if cie.has_length and cie.lsda_encoding != _OMIT:
+        _, position = reader.leb128(position)
+        lsda, position = reader.pointer(cie.lsda_encoding & 0x7F, position)
+    if position > end:
+        raise DynacutError("an FDE is shorter than its fields")
+    return _Fde(start - link_base, start - link_base + size, lsda - link_base if lsda else None, cie.is_signal_frame)

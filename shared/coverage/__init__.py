@@ -1,0 +1,1 @@
+"""Which code ran, and what follows from it: logs, sets, suggested plans, start-up code."""
