@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from dynacut.live.own_memory import await_own_memory
-from dynacut.live.proc import TaskStatus, task_status, thread_ids
 from dynacut.live.process import gone
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import TaskStatus, task_status, thread_ids
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _ELFCLASS64 = 2

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from dynacut.handlers.table import Action
 from dynacut.live.admission import FILTERED
-from dynacut.live.proc import task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace.ptrace_call import PTRACE_SECCOMP_GET_FILTER, call
 from dynacut.live.ptrace.resumption import makes_restart_syscall
@@ -25,6 +24,7 @@ from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.seccomp import Call, Filter, MalformedFilterError
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP
 from dynacut.shared.patch_set import HandlerChange, PatchSet
+from dynacut.shared.proc import task_status, thread_ids
 from dynacut.shared.target import SIGTRAP
 
 _STOP_TIMEOUT = 0.5

@@ -15,10 +15,10 @@ from pathlib import Path
 from dynacut.live.admission import YAMA_3_ADVICE, yama_scope
 from dynacut.live.gdb.program import ADVICE as GDB_ADVICE
 from dynacut.live.gdb.program import speaks_mi
-from dynacut.live.proc import read_mappings
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
-from dynacut.shared.diagnosis import SUDO, Area, Finding, State, capability, own_status, program, python_package
+from dynacut.shared.diagnosis import SUDO, Area, Finding, State, capability, program, python_package
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import read_mappings, task_status
 
 _STOP_TIMEOUT = 2.0
 _AT_MINSIGSTKSZ = 51  # include/uapi/linux/auxvec.h
@@ -145,7 +145,7 @@ def yama(scope: int | None, *, may_trace: bool) -> Finding:
 
 
 def _seccomp() -> Finding:
-    if int(own_status().get("Seccomp", "0")) != 0:
+    if task_status(os.getpid()).seccomp != 0:
         costs = "the filter may forbid ptrace and what CRIU calls; what was tried here shows"
         return Finding("seccomp", Area.LIVE, State.LIMITED, "dynacut itself runs under a filter", costs, _CONTAINER)
     reading = capability("CAP_SYS_ADMIN", Area.LIVE, "`dynacut live --check-seccomp` cannot read filters", _CONTAINER)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from pathlib import Path
 
-from dynacut.live.proc import task_status, thread_ids
 from dynacut.shared.address_space import shares_memory
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import children, task_status
 
 _LOOK_PAUSE = 0.002
 
@@ -42,8 +41,5 @@ def await_own_memory(pid: int, deadline: float) -> None:
 def _partner(pid: int) -> int | None:
     """The parent or the child that has the same memory; None if there is none."""
     parent = task_status(pid).ppid
-    relatives = [parent] if parent else []
-    for tid in thread_ids(pid):
-        with suppress(OSError):  # a thread that ends meanwhile
-            relatives += map(int, Path(f"/proc/{pid}/task/{tid}/children").read_text().split())
+    relatives = [*([parent] if parent else []), *children(pid)]
     return next((other for other in relatives if shares_memory(pid, other)), None)

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
-from dynacut.live.proc import command_line, read_mappings, task_status
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.modules import called_name, modules_of
+from dynacut.shared.proc import command_line, executable, read_mappings, task_status
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 
 
@@ -56,7 +56,7 @@ class Process:
         """Reads mappings and modules again."""
         try:
             self._mappings = read_mappings(self.pid)
-            self._exe = str(Path(f"/proc/{self.pid}/exe").readlink()).removesuffix(" (deleted)")
+            self._exe = executable(self.pid).removesuffix(" (deleted)")
             called = called_name(command_line(self.pid))
         except (FileNotFoundError, ProcessLookupError):
             raise gone(self.pid) from None

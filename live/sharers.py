@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dynacut.live.proc import task_status
+from dynacut.shared.proc import executable, is_alive
 
 
 def sharers(exe: str, inode: int) -> list[int]:
@@ -21,15 +21,11 @@ def sharers(exe: str, inode: int) -> list[int]:
     found = []
     for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
         try:
-            if str(Path(f"/proc/{pid}/exe").readlink()).removesuffix(" (deleted)") != exe:
+            if executable(pid).removesuffix(" (deleted)") != exe:
                 continue
             maps = Path(f"/proc/{pid}/maps").read_bytes()
-            if any(wanted in line and b"/dev/zero" in line for line in maps.splitlines()) and not _is_dead(pid):
+            if any(wanted in line and b"/dev/zero" in line for line in maps.splitlines()) and is_alive(pid):
                 found.append(pid)
         except OSError:
             continue  # it has ended, or is out of reach
     return found
-
-
-def _is_dead(pid: int) -> bool:
-    return task_status(pid).state in "ZX"

@@ -17,7 +17,7 @@ from dynacut.offline.stats import DumpStats, read_dump_stats
 from dynacut.offline.wanted_options import Wanted, look
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.private_folder import private_folder
-from dynacut.shared.target import PAGE_SIZE
+from dynacut.shared.proc import resident_bytes, task_status
 
 Progress = Callable[[str], None]
 """Is told in a few words what is being done."""
@@ -191,7 +191,7 @@ def _lock_warnings(criu: Criu, options: CriuOptions) -> list[str]:
 
 def _remains(pid: int) -> str:
     try:
-        parent = int(processes.status_of(pid)["PPid"])
+        parent = task_status(pid).ppid
     except OSError:
         return f"process {pid} took long to end"
     return (
@@ -203,15 +203,15 @@ def _remains(pid: int) -> str:
 def _resident(pid: int) -> int:
     """Bytes of memory."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_SIZE
-    except (OSError, IndexError):
+        return resident_bytes(pid)
+    except OSError:
         return 0
 
 
 def _failure(run: CriuRun, pid: int, began: int | None, directory: Path) -> DynacutError:
     details = run.errors
     log = directory / LOG_NAME
-    if processes.start_time(pid) != began or processes.status_of(pid)["State"][0] in "ZXTt":
+    if processes.start_time(pid) != began or task_status(pid).state in "ZXTt":
         return DynacutError(
             f"the dump of process {pid} failed, and the process no longer runs as before",
             f"see {log}; start the service again",

@@ -8,6 +8,7 @@ from pathlib import Path
 from dynacut.offline import processes
 from dynacut.shared.address_space import shares_memory
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import TaskStatus, task_status
 from dynacut.shared.target import SIGTRAP
 
 _CAP_SYS_RESOURCE = 24
@@ -24,11 +25,11 @@ def admit(pid: int) -> list[int]:
         raise DynacutError("process 1 is the whole system and is not checkpointed", "give the pid of the server itself")
     status = _status(pid)
     label = processes.described(pid)
-    if int(status["Tgid"]) != pid:
-        raise DynacutError(f"{pid} is a thread of process {status['Tgid']}", f"use --pid {status['Tgid']}")
-    if "VmSize" not in status and status["State"][0] not in "ZX":
+    if status.tgid != pid:
+        raise DynacutError(f"{pid} is a thread of process {status.tgid}", f"use --pid {status.tgid}")
+    if status.is_kernel_thread:
         raise DynacutError(f"{label} is a kernel thread", "only programs can be checkpointed")
-    if status["State"][0] in "ZX":
+    if status.has_ended:
         raise DynacutError(f"{label} has ended", "its parent has yet to reap it")
     tree = processes.tree_of(pid)
     if os.getpid() in tree:
@@ -36,14 +37,14 @@ def admit(pid: int) -> list[int]:
     _check_namespace(pid, label)
     for member in tree:
         _check_session(member)
-        _check_process(member, int(status["PPid"]) if member == pid else None)
+        _check_process(member, status.ppid if member == pid else None)
     return tree
 
 
-def _status(pid: int) -> dict[str, str]:
+def _status(pid: int) -> TaskStatus:
     try:
         if pid > 0:
-            return processes.status_of(pid)
+            return task_status(pid)
     except (OSError, OverflowError):
         pass
     raise DynacutError(f"there is no process {pid}", "`ps -e` lists the processes")
@@ -82,13 +83,13 @@ def _check_session(pid: int) -> None:
 def _check_process(pid: int, outer_parent: int | None) -> None:
     """Checks one process. outer_parent: of the root of the tree."""
     try:
-        status = processes.status_of(pid)
+        status = task_status(pid)
     except OSError:
         return  # it has ended meanwhile
-    if status["State"][0] in "ZX":
+    if status.has_ended:
         return  # CRIU dumps zombies
     label = processes.described(pid)
-    parent = int(status["PPid"]) if outer_parent is None else outer_parent
+    parent = status.ppid if outer_parent is None else outer_parent
     if parent and shares_memory(pid, parent):
         raise DynacutError(
             f"{processes.described(parent)} has just started {label} by vfork, and CRIU cannot dump the two meanwhile",
@@ -101,13 +102,14 @@ def _check_process(pid: int, outer_parent: int | None) -> None:
 
 def _check_thread(pid: int, tid: int, label: str) -> None:
     try:
-        status = processes.status_of(pid, tid)
+        status = task_status(pid, tid)
     except OSError:
         return
-    tracer = int(status["TracerPid"])
-    if tracer:
-        raise DynacutError(f"{label} is traced by {processes.described(tracer)}", "end that debugger or tracer first")
-    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    if status.tracer:
+        raise DynacutError(
+            f"{label} is traced by {processes.described(status.tracer)}", "end that debugger or tracer first"
+        )
+    pending = status.thread_pending | status.shared_pending
     if pending >> (SIGTRAP - 1) & 1:
         raise DynacutError(
             f"a SIGTRAP waits for thread {tid} of {label}, which CRIU cannot dump",
@@ -115,19 +117,19 @@ def _check_thread(pid: int, tid: int, label: str) -> None:
         )
 
 
-def _check_limits_access(label: str, status: dict[str, str]) -> None:
+def _check_limits_access(label: str, status: TaskStatus) -> None:
     """CRIU reads resource limits by prlimit(2), which asks for the same ids or for CAP_SYS_RESOURCE."""
     if _has_capability(_CAP_SYS_RESOURCE):
         return
-    for key, mine in (("Uid", os.getuid()), ("Gid", os.getgid())):
-        others = {int(word) for word in status[key].split()[:3]} - {mine}
+    for kind, ids, mine in (("uid", status.uids, os.getuid()), ("gid", status.gids, os.getgid())):
+        others = set(ids[:3]) - {mine}
         if others:
             raise DynacutError(
-                f"{label} runs as {key.lower()} {min(others)}, and dynacut lacks CAP_SYS_RESOURCE, without which CRIU "
+                f"{label} runs as {kind} {min(others)}, and dynacut lacks CAP_SYS_RESOURCE, without which CRIU "
                 "can dump processes of its own user only",
                 "run dynacut with this capability, outside of the container; or patch the process by `dynacut live`",
             )
 
 
 def _has_capability(number: int) -> bool:
-    return bool(int(processes.status_of(os.getpid())["CapEff"], 16) >> number & 1)
+    return bool(task_status(os.getpid()).capabilities >> number & 1)

@@ -1,4 +1,4 @@
-"""Processes around a checkpoint: what /proc says of them, which belong together, and when they are gone.
+"""Processes around a checkpoint: which belong together, and when they are gone.
 
 Source: proc(5), PR_SET_CHILD_SUBREAPER in prctl(2).
 """
@@ -9,58 +9,46 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dynacut.shared import proc
 from dynacut.shared.errors import DynacutError
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.001
 
 
-def status_of(pid: int, tid: int | None = None) -> dict[str, str]:
-    """The lines of /proc/PID/status, or of one of its threads, by their names.
-
-    Raises:
-        OSError: it is gone.
-    """
-    folder = f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
-    lines = Path(folder, "status").read_bytes().decode(errors="replace").split("\n")  # see live/proc.py
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def threads_of(pid: int) -> list[int]:
+def threads_of(pid: int) -> Sequence[int]:
     """The thread ids of a process; none if it is gone."""
     try:
-        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208 - half the cost
+        return proc.thread_ids(pid)
     except OSError:
-        return []
+        return ()
 
 
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since boot: tells it from a later one of the same pid. None if gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return proc.start_time(pid)
     except OSError:
         return None
-    return int(stat.rpartition(b")")[2].split()[19])
 
 
 def described(pid: int) -> str:
     """A process for a message: its pid and its name."""
     try:
-        status = status_of(pid)
+        status = proc.task_status(pid)
     except OSError:
         return f"process {pid}"
-    zombie = ", a zombie" if status["State"][0] in "ZX" else ""
-    return f"process {pid} ({status['Name']}{zombie})"
+    return f"process {pid} ({status.name}{', a zombie' if status.has_ended else ''})"
 
 
 def exe_of(pid: int) -> str:
     """The path of a process's executable; empty if it cannot be read."""
     try:
-        return str(Path(f"/proc/{pid}/exe").readlink())
+        return proc.executable(pid)
     except OSError:
         return ""
 
@@ -69,9 +57,7 @@ def tree_of(pid: int) -> list[int]:
     """The process and all its descendants, parents first; zombies too."""
     tree = [pid]
     for parent in tree:  # grows while it is walked
-        for tid in threads_of(parent):
-            with suppress(OSError):
-                tree += map(int, Path(f"/proc/{parent}/task/{tid}/children").read_text().split())
+        tree += proc.children(parent)
     return tree
 
 

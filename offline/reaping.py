@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dynacut.offline import processes
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import blocked_in, task_status
 
 _INIT = 1
 _SYS_WAIT4, _SYS_WAITID = 61, 247
@@ -27,7 +28,7 @@ def check_reaped(pid: int) -> None:
     Raises:
         DynacutError: it does none of these; or it is systemd with a service, which is started anew when it ends.
     """
-    parent = int(processes.status_of(pid)["PPid"])
+    parent = task_status(pid).ppid
     if parent in (0, os.getpid()):
         return
     if unit := service_of(pid, parent):
@@ -46,17 +47,16 @@ def check_reaped(pid: int) -> None:
 
 def _reaps(parent: int, tid: int, child: int) -> bool:
     try:
-        status = processes.status_of(parent, tid)
-        # A thread that does not wait shows `running`, or another system call.
-        words = Path(f"/proc/{parent}/task/{tid}/syscall").read_text().split()
+        status = task_status(parent, tid)
     except OSError:
         return False
-    if any(int(status[key], 16) & _SIGCHLD_BIT for key in ("SigIgn", "SigCgt", "SigBlk")):
+    if (status.ignored | status.caught | status.blocked) & _SIGCHLD_BIT:
         return True
-    if len(words) < 3 or not words[0].isdigit():
+    waits = blocked_in(parent, tid)
+    if waits is None:
         return False
-    first, second = int(words[1], 16), int(words[2], 16)
-    match int(words[0]):
+    first, second = waits.arguments[:2]
+    match waits.number:
         case number if number == _SYS_WAIT4:
             return first in _ANY or first == child
         case number if number == _SYS_WAITID:
@@ -70,7 +70,7 @@ def service_of(pid: int, parent: int) -> str:
     Its control group is named for the unit (systemd.resource-control(5), cgroups(7)).
     """
     try:
-        if processes.status_of(parent)["Name"] != "systemd":
+        if task_status(parent).name != "systemd":
             return ""
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     except OSError:

@@ -16,6 +16,7 @@ from dynacut.offline.criu import Criu, CriuRun, find_criu
 from dynacut.offline.criu_options import read_record
 from dynacut.offline.image_tasks import ImageTasks, read_tasks
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import is_alive
 
 _LOG_NAME = "restore.log"
 _REAP_TIMEOUT = 5.0
@@ -129,7 +130,7 @@ class _Attempts:
             shutil.rmtree(work)
             raise
         pid = tasks.pids[0]
-        if run.succeeded and not _is_zombie(pid):
+        if run.succeeded and is_alive(pid):
             shutil.rmtree(work)
             return pid, run.wall_ms
         left = processes.end(_leftovers(tasks))
@@ -176,7 +177,7 @@ def _make_free(tasks: ImageTasks) -> None:
         DynacutError: one of the pids is taken.
     """
     taken = {tid: processes.start_time(tid) for tid in tasks.tids if Path(f"/proc/{tid}").exists()}
-    zombies = {tid: began for tid, began in taken.items() if _is_zombie(tid)}
+    zombies = {tid: began for tid, began in taken.items() if not is_alive(tid)}
     remaining = processes.wait_until_gone(zombies, _REAP_TIMEOUT) if zombies.keys() == taken.keys() else sorted(taken)
     if remaining:
         raise _PidTakenError(
@@ -184,13 +185,6 @@ def _make_free(tasks: ImageTasks) -> None:
             f"{f', and so have {len(remaining) - 1} others' if len(remaining) > 1 else ''}",
             "end it first: if it is the process that was dumped, it still runs, or its parent has not reaped it",
         )
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return processes.status_of(pid)["State"][0] in "ZX"
-    except OSError:
-        return True
 
 
 def _leftovers(tasks: ImageTasks) -> list[int]:

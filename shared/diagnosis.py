@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dynacut.shared.binary.cache_folder import cache_folder
 from dynacut.shared.binary.symbols import DEBUG_ROOT
+from dynacut.shared.proc import task_status
 
 SUDO = "run dynacut as root, by sudo"
 _VERSION_TIMEOUT = 10.0
@@ -56,15 +57,9 @@ CAPABILITIES = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 2
 """Those that matter, by their numbers in the kernel's include/uapi/linux/capability.h."""
 
 
-def own_status() -> dict[str, str]:
-    """The lines of /proc/self/status by their names."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
 def capability(name: str, area: Area, costs: str, mend: str) -> Finding:
     """Whether this process has a capability in force (capabilities(7)). mend: for root; others must become it."""
-    if int(own_status()["CapEff"], 16) >> CAPABILITIES[name] & 1:
+    if task_status(os.getpid()).capabilities >> CAPABILITIES[name] & 1:
         return Finding(name, area, State.OK, "in force")
     return Finding(name, area, State.LIMITED, "not in force", costs, mend if os.geteuid() == 0 else SUDO)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -13,10 +12,11 @@ from pathlib import Path
 from dynacut.jobs.compare.prober import Prober
 from dynacut.jobs.compare.probes import Probe
 from dynacut.jobs.compare.results import Facts, Failure, Measured, Observed, Results
-from dynacut.jobs.compare.target import State, is_alive, memory_of, state_of, tree_of
+from dynacut.jobs.compare.target import State, memory_of, state_of, tree_of
 from dynacut.jobs.compare.ways import Run, Settings, Step, Way, fill_caches, run_step
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan_file import load
+from dynacut.shared.proc import executable, is_alive, resident_bytes, task_status, thread_ids
 from dynacut.shared.resolve import disable
 
 Target = Callable[[], AbstractContextManager[tuple[int, Probe]]]
@@ -271,12 +271,9 @@ class _Window:
 def _facts(pids: Sequence[int]) -> Facts:
     root = pids[0]
     try:
-        threads = sum(len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in pids)
-        resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * os.sysconf(
-            "SC_PAGESIZE"
-        )
-        name = Path(f"/proc/{root}/comm").read_text(errors="replace").strip()
-        exe = str(Path(f"/proc/{root}/exe").readlink())
+        threads = sum(len(thread_ids(pid)) for pid in pids)
+        resident = sum(map(resident_bytes, pids))
+        name, exe = task_status(root).name, executable(root)
     except OSError as error:
         raise DynacutError(f"process {root} cannot be looked at: {error.strerror}") from None
     return Facts(root, name, exe, len(pids), threads, resident)

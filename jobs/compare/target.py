@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.jobs.compare.probes import Probe, answers
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import is_alive
 from dynacut.shared.target import SIGTRAP, Module
 
 if TYPE_CHECKING:
@@ -36,15 +37,6 @@ def tree_of(pid: int) -> list[int]:
     from dynacut.live.tree import descendants
 
     return [each for each in descendants(pid) if is_alive(each)]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process exists and is more than a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return False
-    return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
 
 @contextmanager
@@ -209,8 +201,8 @@ def _digest(process: Process, module: Module) -> str:
 
 def _said(process: Process, found: FoundRegion | None) -> dict[str, Any]:
     """What a table says, without addresses, hits and ids of threads."""
-    from dynacut.live.proc import task_status
     from dynacut.shared.code import CodeOf
+    from dynacut.shared.proc import task_status
     from dynacut.shared.report import features_of
 
     table = found.table if found is not None else None

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.jobs.trim.service import Service, end, is_alive
+from dynacut.jobs.trim.service import Service, end
 from dynacut.jobs.trim.state import State
 from dynacut.shared import resolve
 from dynacut.shared.coverage.startup import FEATURE
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.proc import is_alive
 
 if TYPE_CHECKING:
     from dynacut.handlers.table import Table

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.proc import is_alive
 
 PID_VARIABLE = "DYNACUT_PID"
 """Tells the commands of the workload which process they work on: for a reload by signal."""
@@ -175,16 +176,6 @@ class Service:
                     "name the command that ends it by --shutdown CMD",
                 )
             time.sleep(_POLL)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs and is no zombie."""
-    from dynacut.offline import processes
-
-    try:
-        return processes.status_of(pid)["State"][0] not in "ZX"
-    except (OSError, KeyError):
-        return False
 
 
 def end(pid: int) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynacut.jobs.trim.instance import Instance
-from dynacut.jobs.trim.service import Service, is_alive
+from dynacut.jobs.trim.service import Service
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import is_alive
 
 if TYPE_CHECKING:
     from dynacut.live.process import Process

@@ -20,13 +20,13 @@ from dynacut.live.gdb.patcher import apply_held
 from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.gdb.target import GdbTarget
 from dynacut.live.inspect import warnings_of
-from dynacut.live.proc import parse_command_line, parse_mappings, parse_status
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.apply import SIGTRAP_BIT, check_written
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.inspect import inspected
 from dynacut.shared.modules import called_name, modules_of
+from dynacut.shared.proc import parse_command_line, parse_mappings, parse_status
 from dynacut.shared.region import find_region
 from dynacut.shared.report import FeatureReport, Inspection
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module

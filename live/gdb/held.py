@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from dynacut.live.gdb.session import GdbError, GdbSession
-from dynacut.live.proc import TaskStatus, parse_start_time, parse_status, task_status, thread_ids
 from dynacut.live.ptrace.resumption import ERESTARTNOHAND, in_syscall, resumption, was_interrupted
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.proc import TaskStatus, parse_start_time, parse_status, task_status, thread_ids
 from dynacut.shared.target import SIGTRAP, Mapping, Module, Target
 
 ReadFile = Callable[[str], bytes]

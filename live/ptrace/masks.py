@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from dynacut.handlers.table import REPAIR_CAPACITY, KernelAction, Repair, RepairKind, Table
-from dynacut.live.proc import blocked_in, ran_ns, start_time, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace.shots import Remote
 from dynacut.live.ptrace.slots import write_all
@@ -25,6 +24,7 @@ from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.proc import blocked_in, ran_ns, start_time, task_status, thread_ids
 from dynacut.shared.region import Region
 from dynacut.shared.signal_frames import saved_masks
 from dynacut.shared.target import SIGTRAP

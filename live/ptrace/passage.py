@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import each_stopped
 from dynacut.shared.apply import SIGTRAP_BIT
+from dynacut.shared.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.shared.region import Region
 
 _LOOK_PAUSE = 0.001

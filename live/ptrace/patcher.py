@@ -28,7 +28,6 @@ from dynacut.handlers.table import (
     Write,
 )
 from dynacut.live.own_memory import await_own_memory
-from dynacut.live.proc import task_status
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace import masks
 from dynacut.live.ptrace.passage import all_seen_outside
@@ -43,6 +42,7 @@ from dynacut.shared.apply import SIGTRAP_BIT, check_written, vacated
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.proc import task_status
 from dynacut.shared.region import (
     Region,
     find_region,

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dynacut.handlers.table import CODE_SIZE, INPUT_OFFSET, MAGIC, OBSERVED_OFFSET, OUTPUT_OFFSET, KernelAction, Layout
-from dynacut.live.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.live.process import Process, gone, runs_another_program
 from dynacut.live.ptrace.passage import all_seen_outside
 from dynacut.live.ptrace.ptrace_call import REGISTER_NAMES
@@ -29,6 +28,7 @@ from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole
 from dynacut.shared.library.library import LibrarySegment
+from dynacut.shared.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.shared.region import Region, choose_address
 from dynacut.shared.target import SIGTRAP
 

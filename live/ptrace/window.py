@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 
-from dynacut.live.proc import thread_ids
 from dynacut.live.process import Process, gone, runs_another_program
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
@@ -18,6 +17,7 @@ from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.occupancy import Occupancy, SignalFrames
 from dynacut.shared.patch_set import ByteEdit
+from dynacut.shared.proc import thread_ids
 from dynacut.shared.rollback import standing_edits
 from dynacut.shared.target import PAGE_SIZE
 

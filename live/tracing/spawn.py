@@ -17,13 +17,13 @@ from ptrace.binding.func import PTRACE_TRACEME, ptrace
 from ptrace.error import PtraceError
 
 from dynacut.handlers.table import TRACE_MAGIC
-from dynacut.live.proc import auxiliary_vector
 from dynacut.live.process import Process
 from dynacut.live.ptrace.ptrace_call import PTRACE_DETACH
 from dynacut.live.ptrace.shots import PR_SET_PDEATHSIG, Remote
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee, prompt_stops
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import auxiliary_vector
 from dynacut.shared.region import find_region
 
 _AT_ENTRY = 9

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from dynacut.handlers.table import TRACE_MAGIC, Action, Table, TableSite
-from dynacut.live.proc import task_status
 from dynacut.live.process import Process
 from dynacut.live.ptrace.patcher import Patcher, locked
 from dynacut.live.ptrace.stop_clock import StopClock
@@ -30,6 +29,7 @@ from dynacut.shared.code import Code, CodeOf
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.proc import task_status
 from dynacut.shared.region import FoundRegion, find_layout, find_region
 from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.target import Module

@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from dynacut.live.proc import auxiliary_vector
 from dynacut.live.process import Process
 from dynacut.shared.code import Code
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import auxiliary_vector
 from dynacut.shared.target import Module
 
 _AT_BASE = 7

@@ -14,6 +14,7 @@ import pytest
 from dynacut.offline import processes
 from dynacut.offline.criu import Criu, find_criu
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import task_status
 
 from .servers import become_subreaper, is_gone, wait_until
 
@@ -89,4 +90,4 @@ def python_job(code: str) -> list[str]:
 
 def wait_for_state(pid: int, states: str) -> None:
     """Returns when a process is in one of these states."""
-    wait_until(lambda: processes.status_of(pid)["State"][0] in states, f"state {states} of {pid}")
+    wait_until(lambda: task_status(pid).state in states, f"state {states} of {pid}")

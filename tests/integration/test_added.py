@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.live.proc import read_mappings
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.binary.symbols import symbols
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedMemory, PlannedModule, PlannedRemoval
 from dynacut.shared.plan_file import dumps
+from dynacut.shared.proc import read_mappings
 
 from .conftest import Dynacut
 from .load import Load

@@ -12,8 +12,8 @@ import pytest
 
 from dynacut.handlers.table import Action, TableSite
 from dynacut.live.confinement import calls_of
-from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.shared.patch_set import HandlerChange, PatchSet
+from dynacut.shared.proc import blocked_in, task_status, thread_ids
 
 from .conftest import Dynacut
 from .programs import Program, compile_program, feature

@@ -22,6 +22,7 @@ from dynacut.offline.dumpable import admit
 from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.proc import task_status, thread_ids
 
 from .checkpoints import NOBODY, job, python_job, reaping, shell_job, the_criu, wait_for_state
 from .conftest import Dynacut
@@ -210,7 +211,7 @@ def test_processes_that_are_none(tmp_path: Path) -> None:
 
 
 def test_a_thread(redis: Redis, tmp_path: Path) -> None:
-    thread = processes.threads_of(redis.pid)[-1]
+    thread = thread_ids(redis.pid)[-1]
     assert thread != redis.pid
     refused(thread, tmp_path / "image", f"{thread} is a thread of process {redis.pid}", f"--pid {redis.pid}")
 
@@ -250,7 +251,7 @@ def test_a_parent_amid_vfork(program: Callable[..., Program], tmp_path: Path) ->
 
 
 def test_another_users_process_without_the_capability(tmp_path: Path) -> None:
-    if int(processes.status_of(os.getpid())["CapEff"], 16) >> 24 & 1:
+    if task_status(os.getpid()).capabilities >> 24 & 1:
         pytest.skip("this machine gives root CAP_SYS_RESOURCE, so such a process can be dumped")
     with job("sleep", "1000", user=NOBODY) as pid:
         refused(pid, tmp_path / "image", f"runs as uid {NOBODY}, and dynacut lacks CAP_SYS_RESOURCE", "dynacut live")
@@ -285,7 +286,7 @@ def test_half_of_a_unix_connection(tmp_path: Path) -> None:
 def test_a_pending_trap(tmp_path: Path) -> None:
     code = "import signal, time; signal.pthread_sigmask(signal.SIG_BLOCK, [5]); signal.raise_signal(5); time.sleep(999)"
     with job(*python_job(code)) as pid:
-        wait_until(lambda: int(processes.status_of(pid)["SigPnd"], 16) != 0, "the signal")
+        wait_until(lambda: task_status(pid).thread_pending != 0, "the signal")
         refused(pid, tmp_path / "image", f"a SIGTRAP waits for thread {pid}", "blocks the signal")
 
 

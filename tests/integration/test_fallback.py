@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from dynacut.live.proc import task_status
 from dynacut.live.ptrace.tracee import Tracee
 from dynacut.offline import checkpoint, processes, round_trip
 from dynacut.offline import restore as restore_module
@@ -26,6 +25,7 @@ from dynacut.offline.criu import VARIABLE
 from dynacut.offline.criu_options import Record
 from dynacut.offline.restore import Restored
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import task_status
 
 from .checkpoints import job, the_criu
 from .conftest import Dynacut

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dynacut.live.proc import task_status
+from dynacut.shared.proc import task_status
 
 from .conftest import Dynacut
 from .gdbserver import GdbDynacut, GdbServer

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.live.proc import task_status
 from dynacut.live.ptrace.tracee import Tracee
+from dynacut.shared.proc import task_status
 
 from .conftest import Dynacut
 from .gdbserver import GdbDynacut, GdbServer

@@ -21,7 +21,7 @@ import dynacut.live.change  # what the command imports when it is needed: here o
 import dynacut.shared.binary.lines
 import dynacut.shared.resolve  # noqa: F401
 from dynacut.cli.main import main
-from dynacut.live.proc import read_mappings, task_status, thread_ids
+from dynacut.shared.proc import read_mappings, task_status, thread_ids
 
 from .programs import Program, feature
 from .servers import wait_until

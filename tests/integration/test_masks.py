@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dynacut.live.proc import blocked_in, task_status, thread_ids
+from dynacut.shared.proc import blocked_in, task_status, thread_ids
 from dynacut.shared.target import SIGTRAP
 
 from .conftest import Dynacut, Rounds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dynacut.live.proc import read_mappings
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
 from dynacut.shared.binary.block_cache import cached_block_map
@@ -13,6 +12,7 @@ from dynacut.shared.binary.symbols import symbols
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedModule, PlannedSite, Scope
 from dynacut.shared.plan_file import dumps
+from dynacut.shared.proc import read_mappings
 from dynacut.shared.region import find_region
 
 from .conftest import Dynacut

@@ -17,9 +17,9 @@ import psutil  # noqa: F401
 import pytest
 
 from dynacut.live import admission
-from dynacut.live.proc import task_status, thread_ids
 from dynacut.live.ptrace.patcher import locked
 from dynacut.live.ptrace.tracee import Tracee
+from dynacut.shared.proc import task_status, thread_ids
 
 from .conftest import Dynacut
 from .programs import Program, compile_program, feature

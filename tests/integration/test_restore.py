@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.live.proc import task_status, thread_ids
 from dynacut.offline import processes
 from dynacut.offline.checkpoint import checkpoint
 from dynacut.offline.criu import Criu
@@ -22,6 +21,7 @@ from dynacut.offline.images.pages import PARENT, Extent, Pages
 from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import task_status, thread_ids
 from dynacut.shared.target import SIGTRAP
 
 from .checkpoints import job, reaping, shell_job, the_criu

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dynacut.live.proc import thread_ids
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.plan import Plan, PlannedModule, PlannedRemoval
 from dynacut.shared.plan_file import dumps
+from dynacut.shared.proc import thread_ids
 from dynacut.shared.target import PAGE_SIZE
 
 from .conftest import Dynacut, Rounds

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dynacut.cli.main import main
-from dynacut.live.proc import blocked_in, task_status
 from dynacut.live.ptrace.tracee import Tracee
+from dynacut.shared.proc import blocked_in, task_status
 
 from .programs import DENIED, Program, compile_program, feature
 from .servers import wait_until

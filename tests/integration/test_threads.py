@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from dynacut.handlers.table import FIRST_SLOT, SLOT_COUNT, SLOT_DONE_OFFSET, SLOT_SIZE
-from dynacut.live.proc import blocked_in, task_status, thread_ids
 from dynacut.live.process import Process
 from dynacut.live.ptrace.passage import all_seen_outside
 from dynacut.live.ptrace.patcher import Patcher
@@ -23,6 +22,7 @@ from dynacut.live.ptrace.window import all_stopped
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan_file import loads
+from dynacut.shared.proc import blocked_in, task_status, thread_ids
 from dynacut.shared.region import Region, find_region
 
 from .conftest import Dynacut, Rounds

@@ -20,6 +20,7 @@ from dynacut.offline import processes
 from dynacut.shared.coverage.drcov import read
 from dynacut.shared.coverage.keep import without
 from dynacut.shared.plan_file import load
+from dynacut.shared.proc import task_status
 
 from .checkpoints import the_criu
 from .conftest import Dynacut
@@ -252,7 +253,7 @@ def test_a_trim_may_be_ended_in_every_step_and_goes_on(
 
 
 def is_traced(pid: int) -> bool:
-    return processes.status_of(pid)["TracerPid"] != "0"
+    return task_status(pid).tracer != 0
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dynacut.handlers.table import CODE_SIZE
-from dynacut.live.proc import read_mappings
+from dynacut.shared.proc import read_mappings
 from dynacut.shared.target import Mapping
 
 

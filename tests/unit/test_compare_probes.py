@@ -25,7 +25,7 @@ from dynacut.jobs.compare.probes import (
     guessed,
     http_probe,
 )
-from dynacut.jobs.compare.target import is_alive
+from dynacut.shared.proc import is_alive
 
 Answer = Callable[[socket.socket], None]
 

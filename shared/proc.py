@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynacut.shared.target import Mapping
+from dynacut.shared.target import PAGE_SIZE, Mapping
 
 
 def read_mappings(pid: int) -> tuple[Mapping, ...]:
@@ -54,7 +55,8 @@ class TaskStatus:
     ppid: int
     tracer: int
     uids: tuple[int, ...]
-    """Real, effective, saved and file system uid."""
+    gids: tuple[int, ...]
+    """Real, effective, saved and file system ids."""
     thread_pending: int
     shared_pending: int
     blocked: int
@@ -64,6 +66,13 @@ class TaskStatus:
     """0: none, 1: strict, 2: filter; 0 where the kernel has no seccomp."""
     shadow_stack: bool
     is_kernel_thread: bool
+    capabilities: int
+    """Those in force (capabilities(7)): bit N for number N."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is a zombie, or on its way to be nothing."""
+        return self.state in "ZX"
 
 
 def task_status(pid: int, tid: int | None = None) -> TaskStatus:
@@ -72,8 +81,11 @@ def task_status(pid: int, tid: int | None = None) -> TaskStatus:
     Raises:
         FileNotFoundError, ProcessLookupError: it is gone.
     """
-    folder = f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
-    return parse_status(Path(folder, "status").read_bytes())
+    return parse_status(Path(_folder(pid, tid), "status").read_bytes())
+
+
+def _folder(pid: int, tid: int | None) -> str:
+    return f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
 
 
 def parse_status(status: bytes) -> TaskStatus:
@@ -83,7 +95,7 @@ def parse_status(status: bytes) -> TaskStatus:
         key, _, content = line.decode(errors="replace").partition(":")
         fields.setdefault(key, content.strip())
 
-    def signals(key: str) -> int:
+    def bits(key: str) -> int:
         return int(fields.get(key, "0"), 16)
 
     return TaskStatus(
@@ -92,17 +104,58 @@ def parse_status(status: bytes) -> TaskStatus:
         tgid=int(fields["Tgid"]),
         ppid=int(fields["PPid"]),
         tracer=int(fields["TracerPid"]),
-        uids=tuple(int(uid) for uid in fields["Uid"].split()),
-        thread_pending=signals("SigPnd"),
-        shared_pending=signals("ShdPnd"),
-        blocked=signals("SigBlk"),
-        ignored=signals("SigIgn"),
-        caught=signals("SigCgt"),
+        uids=tuple(map(int, fields["Uid"].split())),
+        gids=tuple(map(int, fields["Gid"].split())),
+        thread_pending=bits("SigPnd"),
+        shared_pending=bits("ShdPnd"),
+        blocked=bits("SigBlk"),
+        ignored=bits("SigIgn"),
+        caught=bits("SigCgt"),
         seccomp=int(fields.get("Seccomp", "0")),
         shadow_stack="shstk" in fields.get("x86_Thread_features", "").split(),
         # Kthread: since Linux 6.8; before that a kernel thread is known by having no memory.
         is_kernel_thread=fields.get("Kthread") == "1" or ("VmSize" not in fields and fields["State"][0] not in "ZX"),
+        capabilities=bits("CapEff"),
     )
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is more than a zombie."""
+    try:
+        return not task_status(pid).has_ended
+    except OSError:
+        return False
+
+
+def executable(pid: int) -> str:
+    """The path of a process's executable as /proc/PID/exe has it: with " (deleted)" behind it if it is.
+
+    Raises:
+        OSError: it is gone, is a kernel thread, or may not be looked at.
+    """
+    return str(Path(f"/proc/{pid}/exe").readlink())
+
+
+def children(pid: int) -> list[int]:
+    """The children of all threads of a process, zombies too; fewer where threads end meanwhile.
+
+    Source: /proc/PID/task/TID/children, proc_pid_task(5).
+    """
+    found: list[int] = []
+    with suppress(OSError):
+        for tid in thread_ids(pid):
+            with suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{tid}/children").read_text().split())
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    """How much memory of a process is resident (proc_pid_statm(5)).
+
+    Raises:
+        FileNotFoundError, ProcessLookupError: it is gone.
+    """
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_SIZE
 
 
 def thread_ids(pid: int) -> tuple[int, ...]:
@@ -114,9 +167,15 @@ def thread_ids(pid: int) -> tuple[int, ...]:
     return tuple(sorted(int(name) for name in os.listdir(f"/proc/{pid}/task")))  # noqa: PTH208 - half the cost
 
 
-def start_time(pid: int, tid: int) -> int:
-    """When a thread started, in clock ticks since boot (field 22 of proc_pid_stat(5))."""
-    return parse_start_time(Path(f"/proc/{pid}/task/{tid}/stat").read_bytes())
+def start_time(pid: int, tid: int | None = None) -> int:
+    """When a process, or one of its threads, started: in clock ticks since boot (field 22 of proc_pid_stat(5)).
+
+    Tells it from a later one of the same number.
+
+    Raises:
+        FileNotFoundError, ProcessLookupError: it is gone.
+    """
+    return parse_start_time(Path(_folder(pid, tid), "stat").read_bytes())
 
 
 def parse_start_time(stat: bytes) -> int:
