@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,81 +123,81 @@ def _add_run(figures: Figures, case: Case, peer: str, direction: str, ran: Run) 
         figures.add(case, peer, f"{direction}_own_longest_us", ran.report["longest_stop_us"])
 
 
+_HEAD = ["threads", "spins", "sites"]
+
+
 def _tables(figures: Figures, table: Sequence[Setting], cores: Cores) -> list[Table]:
-    stops, own, walls = [], [], []
-    for each in table:
-        head = [str(each.threads), each.observer, f"{each.sites:,}"]
-        stops.append(
+    return [_stops(figures, table, cores), _own_stops(figures, table), _walls(figures, table)]
+
+
+def _head(setting: Setting) -> list[str]:
+    return [str(setting.threads), setting.observer, f"{setting.sites:,}"]
+
+
+def _spreads(figures: Figures, case: Case, measures: Iterable[str]) -> list[str]:
+    return [spread(figures.values(case, DYNACUT, measure)) for measure in measures]
+
+
+def _both(*measures: str) -> list[str]:
+    """Measures of on, then of off."""
+    return [f"{direction}_{measure}" for direction in DIRECTIONS for measure in measures]
+
+
+def _stops(figures: Figures, table: Sequence[Setting], cores: Cores) -> Table:
+    return Table(
+        "the stop that the target sees, in µs",
+        [*_HEAD, "nobody", "on", "on: held", "off", "off: held", *PEERS, *(f"{peer}: times" for peer in PEERS)],
+        [
             [
-                *head,
-                spread(figures.values(each.case, DYNACUT, "quiet_us")),
-                *(
-                    spread(figures.values(each.case, DYNACUT, f"{direction}_{measure}_us"))
-                    for direction in DIRECTIONS
-                    for measure in ("stop", "held")
-                ),
+                *_head(each),
+                *_spreads(figures, each.case, ["quiet_us", *_both("stop_us", "held_us")]),
                 *(number(_smaller(figures, each.case, peer, "stop_us")) for peer in PEERS),
                 *(number(_ratio(figures, each.case, peer)) for peer in PEERS),
             ]
-        )
-        own.append(
+            for each in table
+        ],
+        (
+            "median (90th percentile) of the largest gap that the spinning thread saw. nobody: the same time with "
+            "nobody touching the target and the other core as busy, the noise of the machine",
+            "held: of the gaps in which the thread was stopped, not interrupted by the machine; 0: it never was",
+            "gdb: the smaller median of on and off, with one `set` a site; best: without symbols, one `restore`. "
+            "times: how many times longer its stop is, the smaller of on and off",
+            "the spinning thread has one core, at real-time priority; the tools and all other threads the other one"
+            if cores.apart
+            else "ONE CORE ONLY: the tools preempt the spinning thread, these figures mean nothing",
+        ),
+    )
+
+
+def _own_stops(figures: Figures, table: Sequence[Setting]) -> Table:
+    measures = _both("own_longest_us", "own_sum_us", "lost_us", "preemptions")
+    columns = [f"{direction}: {name}" for direction in DIRECTIONS for name in ("longest", "sum", "lost", "preempted")]
+    return Table(
+        "where dynacut's stops go, in µs",
+        [*_HEAD, *columns],
+        [[*_head(each), *_spreads(figures, each.case, measures)] for each in table],
+        (
+            "longest, sum: of all its stops of any thread, by dynacut's own clock. lost: all gaps of 10 µs or more "
+            "that the spinning thread saw. preempted: gaps in which it only "
+            "made way for other work; they count in no stop, but in `any` of the JSON",
+        ),
+    )
+
+
+def _walls(figures: Figures, table: Sequence[Setting]) -> Table:
+    return Table(
+        "wall time of the whole command, in ms",
+        [*_HEAD, "dynacut on", "dynacut off", *PEERS],
+        [
             [
-                *head,
-                *(
-                    spread(figures.values(each.case, DYNACUT, f"{direction}_{measure}"))
-                    for direction in DIRECTIONS
-                    for measure in ("own_longest_us", "own_sum_us", "lost_us", "preemptions")
-                ),
-            ]
-        )
-        walls.append(
-            [
-                *head,
-                *(spread(figures.values(each.case, DYNACUT, f"{direction}_wall_ms")) for direction in DIRECTIONS),
+                *_head(each),
+                *_spreads(figures, each.case, _both("wall_ms")),
                 *(number(_smaller(figures, each.case, peer, "wall_ms")) for peer in PEERS),
             ]
-        )
-    head = ["threads", "spins", "sites"]
-    return [
-        Table(
-            "the stop that the target sees, in µs",
-            [*head, "nobody", "on", "on: held", "off", "off: held", *PEERS, *(f"{peer}: times" for peer in PEERS)],
-            stops,
-            (
-                "median (90th percentile) of the largest gap that the spinning thread saw. nobody: the same time with "
-                "nobody touching the target and the other core as busy, the noise of the machine",
-                "held: of the gaps in which the thread was stopped, not interrupted by the machine; 0: it never was",
-                "gdb: the smaller median of on and off, with one `set` a site; best: without symbols, one `restore`. "
-                "times: how many times longer its stop is, the smaller of on and off",
-                "the spinning thread has one core, at real-time priority; the tools and all other threads the other one"
-                if cores.apart
-                else "ONE CORE ONLY: the tools preempt the spinning thread, these figures mean nothing",
-            ),
-        ),
-        Table(
-            "where dynacut's stops go, in µs",
-            [
-                *head,
-                *(
-                    f"{direction}: {column}"
-                    for direction in DIRECTIONS
-                    for column in ("longest", "sum", "lost", "preempted")
-                ),
-            ],
-            own,
-            (
-                "longest, sum: of all its stops of any thread, by dynacut's own clock. lost: all gaps of 10 µs or more "
-                "that the spinning thread saw. preempted: gaps in which it only "
-                "made way for other work; they count in no stop, but in `any` of the JSON",
-            ),
-        ),
-        Table(
-            "wall time of the whole command, in ms",
-            [*head, "dynacut on", "dynacut off", *PEERS],
-            walls,
-            ("gdb: the smaller median of on and off",),
-        ),
-    ]
+            for each in table
+        ],
+        ("gdb: the smaller median of on and off",),
+    )
 
 
 def _smaller(figures: Figures, case: Case, peer: str, measure: str) -> float | None:

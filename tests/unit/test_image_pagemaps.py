@@ -39,17 +39,6 @@ from dynacut.shared.target import PAGE_SIZE
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
 
 
-@pytest.fixture
-def built_image() -> BuiltImage:
-    return build_image()
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    """A directory with an image, in a folder of its own."""
-    return build_image().write(tmp_path / "folder" / "image")
-
-
 # Pagemaps and parents.
 
 
