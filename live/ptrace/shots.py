@@ -302,7 +302,7 @@ class Remote:
     def _is_safe(self, tracee: Tracee) -> bool:
         """Whether the thread may be sent elsewhere: it is not on its way to a signal handler, nor in a restartable
         sequence. rseq(2): leaving one by a jump would go unnoticed by the kernel."""
-        if tracee.delivers_signal:
+        if tracee.delivers_signal or tracee.has_faulted():
             return False
         area = 0 if tracee.in_syscall else tracee.rseq_area()
         return area == 0 or self._process.read(area + _RSEQ_CS_OFFSET, 8) == bytes(8)

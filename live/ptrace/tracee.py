@@ -43,6 +43,11 @@ _PF_EXITING = 0x4  # include/linux/sched.h
 _NO_SYSCALL = (1 << 64) - 1
 _SIGINFO_SIZE = 128
 _PEEKED = 32
+_FAULTS = sum(
+    1 << (number - 1)
+    for number in (signal.SIGILL, signal.SIGTRAP, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
+)
+"""SYNCHRONOUS_MASK in kernel/signal.c."""
 
 
 class _PeekArguments(ctypes.Structure):
@@ -225,6 +230,18 @@ class Tracee:
             for start in range(0, count * _SIGINFO_SIZE, _SIGINFO_SIZE):
                 pending |= 1 << (_SIGNAL_NUMBER.unpack_from(_SIGINFOS, start)[0] - 1)
         return pending
+
+    def has_faulted(self) -> bool:
+        """Whether the thread's last instruction was a fault, a trap or a forbidden system call, of which its signal
+        handler is yet to be told.
+
+        A requested stop comes before such a signal (get_signal in kernel/signal.c), and the handler, dynacut's own for
+        one, takes rip for where that was. A signal that is blocked was sent by somebody: the kernel unblocks its own.
+        """
+        if self.resumption().restarts:
+            return False
+        pending = self.pending_signals() & _FAULTS
+        return pending != 0 and pending & ~self.blocked_signals() != 0
 
     def rseq_area(self) -> int:
         """The address of the thread's struct rseq (rseq(2)); 0 if it has none or the kernel does not tell."""

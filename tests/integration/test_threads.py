@@ -71,6 +71,17 @@ def test_no_thread_of_many_is_left_stopped(program: Start, rounds: Rounds) -> No
     assert target.counters("stop")["wrong"] == 0
 
 
+def test_a_thread_that_has_just_run_into_a_trap_or_a_fault_is_not_sent_elsewhere(program: Start) -> None:
+    """A requested stop comes before the signal, whose handler looks at rip for where the instruction was."""
+    target = program("busy")
+    run_json("live", "--pid", target.pid, "--disable", "other", "--on-hit", "redirect=denied", "--as", "other")
+    run_json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "redirect=denied", "--as", "feature")
+    cycle(target, 20, "--disable other", "--enable other")
+    run_json("live", "--pid", target.pid, "--undo")
+    wait_for_more(target, "right", 100)
+    assert target.counters()["wrong"] == 0
+
+
 def test_a_main_thread_that_ends_is_not_waited_for(program: Start) -> None:
     """It stays listed, a zombie, until the others have ended."""
     target = program("headless")
