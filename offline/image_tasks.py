@@ -8,17 +8,15 @@ from pathlib import Path
 from dynacut.offline.criu_options import CriuOptions, Record, read_record
 from dynacut.offline.images.files import ImageFolder
 from dynacut.offline.images.pages import Pages
-from dynacut.offline.images.schema import Message, PstreeEntry
+from dynacut.offline.images.tree import Task, read_tree
 from dynacut.shared.errors import DynacutError
 
-_PSTREE_MAGIC = 0x50273030
 _EMPTY_SIZE = 8  # the two magic numbers
-_MAX_PID = 1 << 22
 
 
 @dataclass(frozen=True)
 class ImageTasks:
-    """pids: the processes, the root first. tids: all ids that a restore takes, those of threads included.
+    """pids: the processes, zombies too, the root first. tids: all ids that a restore takes, those of threads included.
 
     size: bytes of memory in this directory. record: dynacut.json's, or what looking at the image gives.
     """
@@ -40,23 +38,18 @@ def read_tasks(directory: Path) -> ImageTasks:
     """
     folder = ImageFolder(directory)
     try:
-        entries = folder.parse("pstree.img", _PSTREE_MAGIC, PstreeEntry)
-        pids = tuple(int(entry.pid) for entry in entries)
-        tids = frozenset(int(tid) for entry in entries for tid in (entry.pid, *entry.threads))
-        if not pids:
-            raise folder.broken("pstree.img", "there is no process in it")
+        tree = read_tree(folder)
+        tids = frozenset(tid for task in tree for tid in task.tids)
         if 1 in tids:
             raise DynacutError(
                 f"{directory} is a container's image: its processes have a pid namespace of their own",
                 "let the container's runtime restore it, such as `podman container restore`",
             )
-        if not all(1 < tid < _MAX_PID for tid in tids) or len(set(pids)) != len(pids):
-            raise folder.broken("pstree.img", "the process ids in it are not possible")
         size = _checked_pages(folder)
-        record = read_record(directory) or Record(_options_of(folder, entries[0]))
+        record = read_record(directory) or Record(_options_of(folder, tree[0]))
     finally:
         folder.close()
-    return ImageTasks(pids, tids, size, record)
+    return ImageTasks(tuple(task.pid for task in tree), tids, size, record)
 
 
 def read_options(directory: Path) -> CriuOptions:
@@ -65,7 +58,7 @@ def read_options(directory: Path) -> CriuOptions:
     if record is not None:
         return record.options
     with ImageFolder(directory) as folder:
-        return _options_of(folder, folder.parse("pstree.img", _PSTREE_MAGIC, PstreeEntry)[0])
+        return _options_of(folder, read_tree(folder)[0])
 
 
 def _checked_pages(folder: ImageFolder) -> int:
@@ -78,11 +71,11 @@ def _checked_pages(folder: ImageFolder) -> int:
     return size
 
 
-def _options_of(folder: ImageFolder, root: Message) -> CriuOptions:
+def _options_of(folder: ImageFolder, root: Task) -> CriuOptions:
     """The options of an image that `criu dump` made by hand."""
     return CriuOptions(
         tcp_established=any(name.startswith("tcp-stream-") for name in folder.names()),
         file_locks=folder.has("filelocks.img") and len(folder.read("filelocks.img")) > _EMPTY_SIZE,
         ext_unix_sk=True,  # permits them only; it does nothing to an image without
-        shell_job=root.sid != root.pid,
+        shell_job=root.session != root.pid,
     )

@@ -10,16 +10,15 @@ from dynacut.offline.images.files import ImageFolder
 from dynacut.offline.images.memory import ImageFile
 from dynacut.offline.images.pages import pages_ids
 from dynacut.offline.images.process import ImageProcess
-from dynacut.offline.images.schema import FileEntry, MemfdInodeEntry, PstreeEntry
+from dynacut.offline.images.schema import FileEntry, MemfdInodeEntry
+from dynacut.offline.images.tree import is_zombie, read_tree
 from dynacut.shared.errors import DynacutError
 
-_PSTREE_MAGIC, _FILES_MAGIC, _MEMFD_MAGIC = 0x50273030, 0x56303138, 0x48453499
-_MAX_PID = 1 << 22
-_MAX_TASKS = 1 << 16
+_FILES_MAGIC, _MEMFD_MAGIC = 0x56303138, 0x48453499
 
 
 class Image:
-    """An image, opened: its processes, the root of the tree first. Use as a context manager or close() it.
+    """An image, opened: its living processes, the root of the tree first. Use as a context manager or close() it.
 
     depth: how many parents it has, one below the other.
     """
@@ -42,8 +41,11 @@ class Image:
                 )
             self.depth = _checked_depth(self.folder)
             files = self._files()
-            for pid, tids in self._tree():
-                self.processes.append(ImageProcess(self.folder, pid, tids, files.get, root))
+            for task in read_tree(self.folder):
+                if not is_zombie(self.folder, task):  # which has nothing to patch
+                    self.processes.append(ImageProcess(self.folder, task.pid, task.tids, files.get, root))
+            if not self.processes:
+                raise DynacutError(f"{path / 'pstree.img'}: no process in it is alive", "make a new image")
         except BaseException:
             self.close()
             raise
@@ -86,29 +88,6 @@ class Image:
             int(entry.inode_id): ImageFile(f"/memfd:{os.fsdecode(bytes(entry.name))}", 0, b"", int(entry.shmid))
             for entry in entries
         }
-
-    def _tree(self) -> list[tuple[int, list[int]]]:
-        """The pid and the threads of every process that is alive."""
-        tree: list[tuple[int, list[int]]] = []
-        seen: set[int] = set()
-        for entry in self.folder.parse("pstree.img", _PSTREE_MAGIC, PstreeEntry):
-            pid, tids = int(entry.pid), [int(tid) for tid in entry.threads]
-            if tree and entry.ppid not in seen:
-                raise self.folder.broken(
-                    "pstree.img", f"process {pid} is the child of {entry.ppid}, which is not there"
-                )
-            if not all(0 < tid < _MAX_PID for tid in (pid, *tids)) or seen.intersection(tids) or pid in seen:
-                raise self.folder.broken("pstree.img", f"process {pid}: an id is not possible, or occurs twice")
-            if len(set(tids)) != len(tids) or (tids and pid not in tids):
-                raise self.folder.broken("pstree.img", f"process {pid}: its threads do not fit it")
-            seen |= {pid, *tids}
-            if len(seen) > _MAX_TASKS:
-                raise self.folder.broken("pstree.img", f"more than {_MAX_TASKS} tasks")
-            if tids:  # a zombie has none, and nothing to patch
-                tree.append((pid, tids))
-        if not tree:
-            raise DynacutError(f"{self.path / 'pstree.img'}: no process in it", "make a new image")
-        return tree
 
 
 def _checked_depth(folder: ImageFolder) -> int:

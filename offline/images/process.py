@@ -12,6 +12,7 @@ from dynacut.offline.images.files import ImageFolder, packed
 from dynacut.offline.images.memory import ImageFile, Memory, open_mapped, read_vma
 from dynacut.offline.images.pages import Pages
 from dynacut.offline.images.schema import CoreEntry, Message, MmEntry
+from dynacut.offline.images.tree import CORE_MAGIC
 from dynacut.shared.apply import Area
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
@@ -19,7 +20,7 @@ from dynacut.shared.holes import Hole
 from dynacut.shared.modules import called_name, modules_of
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 
-CORE_MAGIC, MM_MAGIC = 0x55053847, 0x57492820
+MM_MAGIC = 0x57492820
 _X86_64 = 1
 _MAX_ARGUMENTS = 1 << 16
 _MAX_FILE_NAME = 255  # NAME_MAX, linux/limits.h
@@ -78,7 +79,7 @@ class ImageProcess:
     ) -> None:
         """Reads everything but the pages themselves.
 
-        tids: the threads, the first one of the process's own id among them. files: the mapped file of an id. root: see
+        tids: the threads, the one with the process's id first. files: the mapped file of an id. root: see
         Memory.
 
         Raises:
@@ -88,7 +89,7 @@ class ImageProcess:
         self._folder = folder
         self._checked_files: set[str] = set()
         self._root = root
-        self.threads = [Thread(tid, self._core(tid)) for tid in [pid, *(tid for tid in tids if tid != pid)]]
+        self.threads = [Thread(tid, self._core(tid)) for tid in tids]
         shared = self.threads[0].core
         if not shared.HasField("tc"):
             raise folder.broken(f"core-{pid}.img", "it lacks the task's part")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -21,13 +22,14 @@ from dynacut.offline.images.pages import PARENT, Extent, Pages
 from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.proc import task_status, thread_ids
+from dynacut.shared.proc import children, task_status, thread_ids
 from dynacut.shared.target import SIGTRAP
 
 from .checkpoints import job, reaping, shell_job, the_criu
 from .conftest import Dynacut
 from .load import Load
-from .servers import Lighttpd, Nginx, Redis, is_running, wait_until
+from .programs import compile_program
+from .servers import Lighttpd, Nginx, Redis, is_gone, is_running, wait_until
 
 
 @pytest.fixture
@@ -122,6 +124,25 @@ def test_lighttpd_by_the_command(criu: Criu, lighttpd: Lighttpd, dynacut: Dynacu
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"process {lighttpd.pid} (/usr/sbin/lighttpd) runs again, ")
     assert lighttpd.request("GET", "/")[0] == 200
+
+
+@pytest.mark.usefixtures("criu")
+@pytest.mark.parametrize("count", [1, 5])
+def test_children_that_nobody_has_reaped(dynacut: Dynacut, tmp_path: Path, count: int) -> None:
+    """In an image they have a thread of any id: CRIU writes memory there that nothing was put into."""
+    program, said = compile_program("unreaped", tmp_path), tmp_path / "said"
+    image, changed = tmp_path / "image", tmp_path / "changed"
+    with job(program, said, str(count)) as pid:
+        wait_until(lambda: [task_status(each).state for each in children(pid)] == ["Z"] * count, "zombies")
+        zombies = sorted(children(pid))
+        checkpoint(pid, image)
+        done = dynacut.json("offline", image, "--disable", "feature", "--on-hit", "return=-7", "-o", changed)
+        assert [feature["state"] for feature in done["features"]] == ["disabled"]
+        assert restore(changed).rolled_back_from is None
+        assert sorted(children(pid)) == zombies
+        os.kill(pid, signal.SIGUSR1)
+        wait_until(lambda: is_gone(pid), "the end")
+    assert said.read_text() == "3 " * count + "-7\n"
 
 
 def test_a_patched_process_comes_back_patched(criu: Criu, redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:

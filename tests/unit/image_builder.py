@@ -19,7 +19,7 @@ from dynacut.offline.images.files import packed
 from dynacut.offline.images.image import Image
 from dynacut.offline.images.memory import Memory
 from dynacut.offline.images.pages import PAGEMAP_MAGIC, PARENT, PRESENT
-from dynacut.offline.images.process import CORE_MAGIC, MM_MAGIC, ImageProcess
+from dynacut.offline.images.process import MM_MAGIC, ImageProcess
 from dynacut.offline.images.schema import (
     CoreEntry,
     FileEntry,
@@ -30,6 +30,7 @@ from dynacut.offline.images.schema import (
     PstreeEntry,
     VmaEntry,
 )
+from dynacut.offline.images.tree import CORE_MAGIC
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.target import PAGE_SIZE
 
@@ -50,6 +51,7 @@ _REGULAR, _FILE_PRIVATE, _ANON_SHARED, _ANON_PRIVATE = 0x1, 0x40, 0x100, 0x200
 _STACK, _VSYSCALL, _VDSO, _HEAP = 0x2, 0x4, 0x8, 0x20
 _PRIVATE, _MAP_SHARED, _MAP_ANONYMOUS = 0x2, 0x1, 0x20
 _READ, _WRITE, _EXECUTE = 1, 2, 4
+_ALIVE, _DEAD = 1, 2
 
 
 def page_of(*seed: object) -> bytes:
@@ -103,6 +105,7 @@ class BuiltProcess:
             thread_core={"blk_sigset": blocked, "comm": self.name},
         )
         if tid == self.pid:
+            core.tc.task_state = _ALIVE
             core.tc.blk_sigset = blocked
             core.tc.comm = self.name
             for number in SIGNALS:
@@ -128,7 +131,11 @@ class BuiltImage:
             PstreeEntry(pid=each.pid, ppid=each.parent_pid, pgid=each.pid, sid=ROOT_PID, threads=each.tids)
             for each in self.processes
         ]
-        tree += [PstreeEntry(pid=pid, ppid=ROOT_PID, pgid=pid, sid=ROOT_PID) for pid in self.zombies]
+        # CRIU writes what lay in its memory as the thread of a zombie.
+        tree += [
+            PstreeEntry(pid=pid, ppid=ROOT_PID, pgid=pid, sid=ROOT_PID, threads=[random.Random(pid).getrandbits(32)])
+            for pid in self.zombies
+        ]
         files = {
             "inventory.img": INVENTORY_MAGIC.to_bytes(4, "little") + b"\2\0\0\0\x08\2",
             "pstree.img": packed(PSTREE_MAGIC, [_with_unknown(entry) for entry in tree]),
@@ -136,6 +143,9 @@ class BuiltImage:
         }
         for process in self.processes:
             files |= process.files()
+        for pid in self.zombies:
+            ended = CoreEntry(mtype=0, tc={"task_state": _DEAD, "blk_sigset": 0, "comm": b"child"})
+            files[f"core-{pid}.img"] = packed(CORE_MAGIC, [_with_unknown(ended)])
         for index, (identity, pages) in enumerate(self.shared.items()):
             files |= paged(f"shmem-{identity}", 1000 + index, pages, set())
         return files

@@ -17,8 +17,9 @@ from image_builder import FILES_MAGIC, PSTREE_MAGIC
 from dynacut.offline.images.files import IMAGE_MAGIC, packed
 from dynacut.offline.images.image import Image
 from dynacut.offline.images.pages import PAGEMAP_MAGIC
-from dynacut.offline.images.process import CORE_MAGIC, MM_MAGIC
+from dynacut.offline.images.process import MM_MAGIC
 from dynacut.offline.images.schema import CoreEntry, FileEntry, Message, MmEntry, PagemapEntry, PagemapHead, PstreeEntry
+from dynacut.offline.images.tree import CORE_MAGIC
 from dynacut.shared.plan import Plan
 from dynacut.shared.region import find_region
 from dynacut.shared.target import PAGE_SIZE

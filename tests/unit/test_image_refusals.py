@@ -18,6 +18,7 @@ from image_builder import (
     ROOT_PID,
     SHARED_ID,
     VSYSCALL,
+    ZOMBIE_PID,
     BuiltImage,
     build_image,
     memory_of,
@@ -30,8 +31,8 @@ from test_sites import BASE
 from dynacut.offline.change import look
 from dynacut.offline.images.files import MAX_MESSAGES, packed
 from dynacut.offline.images.image import Image
-from dynacut.offline.images.process import CORE_MAGIC
 from dynacut.offline.images.schema import FileEntry, Message, PstreeEntry
+from dynacut.offline.images.tree import CORE_MAGIC
 from dynacut.offline.layer import write_image
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import PAGE_SIZE
@@ -146,11 +147,12 @@ def test_two_messages_where_one_belongs(image: Path, name: str) -> None:
     ("tree", "why"),
     [
         ([], "no process"),
-        ([PstreeEntry(pid=ROOT_PID)], "no process"),
+        ([], "no process"),
+        ([PstreeEntry(pid=ZOMBIE_PID)], "no process in it is alive"),
         ([PstreeEntry(pid=0, threads=[0])], "not possible"),
         ([PstreeEntry(pid=1 << 31, threads=[1 << 31])], "not possible"),
-        ([PstreeEntry(pid=ROOT_PID, threads=[ROOT_PID, ROOT_PID])], "do not fit"),
-        ([PstreeEntry(pid=ROOT_PID, threads=[ROOT_PID + 1])], "do not fit"),
+        ([PstreeEntry(pid=ROOT_PID, threads=[ROOT_PID, ROOT_PID])], "twice"),
+        ([PstreeEntry(pid=ROOT_PID, threads=[ROOT_PID, ROOT_PID + 1, ROOT_PID + 1])], "twice"),
         ([PstreeEntry(pid=ROOT_PID, threads=[ROOT_PID, 1 << 23])], "not possible"),
         ([PstreeEntry(pid=ROOT_PID, threads=[ROOT_PID])] * 2, "not there"),
         ([PstreeEntry(pid=ROOT_PID, threads=[ROOT_PID]), PstreeEntry(pid=ROOT_PID, ppid=ROOT_PID)], "twice"),
