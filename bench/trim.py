@@ -31,7 +31,7 @@ _SECONDS = 0.8
 _REQUESTS = 60_000
 _CLIENTS = 20
 _TRIM_TIMEOUT = 300
-_HOW = ("--live", "--scope", "page", "--passes", "5", "--idle", "0.3", "--linger", "6")
+_HOW = ("--live", "--scope", "page", "--on-hit", "terminate", "--passes", "20", "--idle", "0.3", "--linger", "6")
 
 
 def run(cores: Cores, folder: Path, repeat: int, *, quick: bool, progress: Callable[[str], None]) -> Result:
@@ -200,7 +200,7 @@ def _removed(reports: dict[str, dict[str, Any]]) -> Table:
         [*columns, "ROP gadgets", "RSS, KiB"],
         rows,
         (
-            "dynacut trim --live --scope page, with five passes of the workload at most",
+            "dynacut trim --live --scope page --on-hit terminate, with twenty passes of the workload at most",
             "each text page that is written to becomes the process's own, so RSS grows; every process of nginx counts",
         ),
     )

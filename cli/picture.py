@@ -221,10 +221,17 @@ def _of(share: Share) -> dict[str, int]:
 # As a page for a browser.
 
 
-def page_of(picture: Picture, tables: Sequence[Mapping[str, Any]] = (), *, title: str = "Code by phase") -> str:
+def page_of(
+    picture: Picture,
+    tables: Sequence[Mapping[str, Any]] = (),
+    *,
+    title: str = "Code by phase",
+    summary: Sequence[str] = (),
+) -> str:
     """Return the page: one document that loads nothing and runs no script but its own.
 
-    tables: columns and rows of those to stand above the pictures. title: what the page is headed.
+    tables: columns and rows of those to stand above the pictures. title: what the page is headed. summary: paragraphs
+    below that.
     """
     import base64
     import hashlib
@@ -240,6 +247,7 @@ def page_of(picture: Picture, tables: Sequence[Mapping[str, Any]] = (), *, title
     colours = [*(f"phase-{index}" for index in range(len(picture.phases))), "several", "never", "no-code"]
     return templates.get_template("picture.html.j2").render(
         title=printable(title),
+        summary=[printable(line) for line in summary],
         script=Markup(script),
         digest=digest,
         style=Markup((_FILES / "picture.css").read_text("utf-8")),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dynacut.cli.arguments import count, pause, seconds, tcp_port
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.steps import Steps
+from dynacut.handlers.table import Action
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
@@ -26,8 +27,9 @@ HELP = "remove start-up code from a service: trace, learn, remove, in one go"
 DESCRIPTION = (
     "Remove what a service executes at start-up only. An instance is traced from its first instruction to its end, "
     "under the workload; another is checkpointed, restored with its start-up code as `learn`, put to work until "
-    "nothing more is learned, checkpointed again, and restored with the rest removed. DIR keeps every step; the same "
-    "command again goes on where it was interrupted."
+    "nothing more is learned, checkpointed again, and restored with the rest removed. What is needed later after all "
+    "puts itself back; with --on-hit terminate it ends the service. DIR keeps every step; the same command again goes "
+    "on where it was interrupted."
 )
 EPILOG = """examples:
   dynacut trim -o redis-trim/ --ready-port 6379 --workload 'redis-benchmark -q' \\
@@ -81,10 +83,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="then leave the service to its timers for S seconds (default: 12)",
     )
+    phases.add_argument(
+        "--learn-for", type=pause, default=0.0, metavar="S", help="learn for S seconds at least, workload and all"
+    )
     phases.add_argument("--timeout", type=seconds, default=300.0, metavar="S", help="for each command (default: 300)")
     what = parser.add_argument_group("what to remove, and how")
     what.add_argument("--module", action="append", default=[], metavar="M", help="of this (default: the executable)")
-    what.add_argument("--on-hit", default="terminate", metavar="ACTION", help=f"{ON_HIT_SYNTAX} (default: terminate)")
+    what.add_argument("--on-hit", default="learn", metavar="ACTION", help=f"{ON_HIT_SYNTAX} (default: learn)")
     what.add_argument("--scope", choices=[str(scope) for scope in Scope], default="block", help="(default: block)")
     parser.add_argument("--criu", type=Path, metavar="PATH", help="the CRIU to use")
     parser.add_argument("--end", action="store_true", help="end the trimmed service when the report is made")
@@ -129,7 +134,12 @@ def _check_usage(arguments: argparse.Namespace, command: list[str]) -> None:
         raise _usage("give the service: either -- CMD or --pid P")
     if not arguments.workload:
         raise _usage("--workload is missing: what is not in it, or in --serve, may be removed")
-    OnHit.parse(arguments.on_hit)
+    if OnHit.parse(arguments.on_hit).action is Action.LEARN and arguments.scope == Scope.PAGE:
+        raise DynacutError(
+            "--scope page unmaps pages, which cannot come back when they are needed after all",
+            "add --on-hit terminate if that is to end the service, or take --scope block",
+            status=ExitStatus.USAGE,
+        )
     if arguments.pid is not None:
         if not arguments.init:
             raise DynacutError(
@@ -170,6 +180,7 @@ def end_recorded(state: State, warning: str = "") -> None:
 
 def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell: Callable[[str], None]) -> Trim:
     from dynacut.jobs.trim.instance import Instance
+    from dynacut.jobs.trim.rounds import Patience
     from dynacut.jobs.trim.service import Service
     from dynacut.jobs.trim.steps import Trim
     from dynacut.jobs.trim.tracer import PhaseTracer
@@ -185,16 +196,16 @@ def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell:
         arguments.timeout,
     )
     instance = Instance(service, state, tell, arguments.pid, arguments.criu)
-    tracer = PhaseTracer(
-        instance,
-        tuple(arguments.module),
-        arguments.idle,
-        arguments.passes,
-        arguments.quiet_passes,
-        arguments.linger,
-    )
+    patience = Patience(arguments.passes, arguments.quiet_passes, arguments.linger)
     return Trim(
-        instance, tracer, tuple(arguments.init), tuple(arguments.serving), arguments.on_hit, arguments.scope, warn
+        instance,
+        PhaseTracer(instance, tuple(arguments.module), arguments.idle, patience),
+        tuple(arguments.init),
+        tuple(arguments.serving),
+        arguments.learn_for,
+        arguments.on_hit,
+        arguments.scope,
+        warn,
     )
 
 

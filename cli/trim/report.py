@@ -22,11 +22,12 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
         DynacutError: a file is gone, or one cannot be written.
     """
     from dynacut.cli.picture import page_of, write_page
-    from dynacut.jobs.trim.outcome import CHANGE_COLUMNS, CODE_COLUMNS, change_rows, code_rows, module_reports
+    from dynacut.jobs.trim import outcome
     from dynacut.shared.coverage.drcov import read_union
     from dynacut.shared.coverage.keep import planned_code
     from dynacut.shared.coverage.picture import Phase, picture_of
     from dynacut.shared.coverage.startup import startup_code
+    from dynacut.shared.on_hit import OnHit
     from dynacut.shared.plan_file import load
 
     init, serving, learned, standing = (
@@ -36,10 +37,14 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     parts = startup_code(init, [serving], trim.tracer.modules)
     gadgets = {path: (before, after) for path, (before, after) in last["gadgets"].items()}
     plan = load(trim.path("plan.toml"))
-    modules = module_reports(parts, plan, learned, standing, gadgets)
+    modules = outcome.module_reports(parts, plan, learned, standing, gadgets)
+    noted = {name: trim.instance.state.details(name) or {} for name in steps}
+    rounds = outcome.rounds_of(noted)
+    summary = outcome.summary_of(modules, rounds, OnHit.parse(trim.on_hit), last["pid"])
     tables = [
-        {"columns": CODE_COLUMNS, "rows": code_rows(modules)},
-        {"columns": CHANGE_COLUMNS, "rows": change_rows(modules, last)},
+        {"columns": outcome.CODE_COLUMNS, "rows": outcome.code_rows(modules)},
+        {"columns": outcome.CHANGE_COLUMNS, "rows": outcome.change_rows(modules, last)},
+        {"columns": outcome.ROUND_COLUMNS, "rows": outcome.round_rows(rounds)},
     ]
     document = {
         "schema": SCHEMA,
@@ -49,7 +54,10 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
         "text_pages": last["text_pages"],
         "unmapped_pages": last["unmapped_pages"],
         "hits": last["hits"],
-        "steps": {name: trim.instance.state.details(name) for name in steps},
+        "on_hit": trim.on_hit,
+        "rounds": rounds,
+        "summary": summary,
+        "steps": noted,
         "plan": str(trim.path("plan.toml")),
         "html": str(trim.path("report.html")),
         "tables": tables,
@@ -64,14 +72,17 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     picture = picture_of(phases, [module.path for module in modules])
     program = Path(trim.tracer.service.command[0] if trim.tracer.service.command else last["exe"])
     title = f"{program.name}, trimmed"
-    write_page(trim.path("report.html"), page_of(picture, tables, title=title))
+    write_page(trim.path("report.html"), page_of(picture, tables, title=title, summary=summary))
     return document
 
 
 def print_report(document: dict[str, Any], *, ended: bool) -> None:
     """Prints the tables, and where everything is."""
-    for title, table in zip(("start-up code", "the service, before and after"), document["tables"], strict=True):
+    titles = ("start-up code", "the service, before and after", "rounds of the workload")
+    for title, table in zip(titles, document["tables"], strict=True):
         print_table(title, table["columns"], table["rows"], right=frozenset({2, 3}))
+    for line in document["summary"]:
+        print(printable(line))
     print(f"the plan: {printable(document['plan'])}; the picture: {printable(document['html'])}")
     pid = document["target"]["pid"]
     print(f"process {pid} was ended" if ended else f"process {pid} runs on, trimmed")

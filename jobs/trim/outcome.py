@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynacut.handlers.table import Action
 from dynacut.shared.coverage.coverage import Coverage
 from dynacut.shared.coverage.startup import StartupCode
+from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan
 
 
@@ -111,6 +113,7 @@ def _of_startup(part: StartupCode, coverage: Coverage) -> Amount:
 
 CODE_COLUMNS = ("code", "module", "blocks", "bytes")
 CHANGE_COLUMNS = ("", "module", "before", "after")
+ROUND_COLUMNS = ("how sure it is", "passes", "seconds", "last new block after", "new at its end")
 
 
 def code_rows(modules: Sequence[ModuleReport]) -> list[list[str]]:
@@ -145,3 +148,47 @@ def change_rows(modules: Sequence[ModuleReport], process: Mapping[str, Any]) -> 
     for name, title in (("rss", "resident memory, KiB"), ("pss", "… shared pages divided, KiB")):
         rows.append([title, "all", f"{before[name] >> 10:,}", f"{after[name] >> 10:,}"])
     return rows
+
+
+def rounds_of(steps: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds of the workload that the steps have noted: those that traced, and the one that learned."""
+    traced = [{"round": "trace", **each} for each in steps["trace"]["rounds"]]
+    return [*traced, *({"round": "learn", **step["round"]} for step in steps.values() if "round" in step)]
+
+
+def round_rows(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What the rounds tell of how complete they were, as lines of a table of ROUND_COLUMNS."""
+    titles = {"trace": "traced", "learn": "learned"}
+    return [
+        [
+            titles[each["round"]],
+            f"{each['passes']:,}",
+            f"{each['seconds']:,.0f}",
+            f"{each['last_new_seconds']:,.0f} s" if each["blocks"] else "none came",
+            "no" if each["quiet"] else "yes",
+        ]
+        for each in rounds
+    ]
+
+
+def summary_of(
+    modules: Sequence[ModuleReport], rounds: Sequence[Mapping[str, Any]], on_hit: OnHit, pid: int
+) -> list[str]:
+    """What was achieved, what a hit does now, and what speaks for or against it: a paragraph each."""
+    startup, removed = (sum(getattr(each, name).blocks for each in modules) for name in ("startup", "removed"))
+    share = removed / startup if startup else 0.0
+    lines = [f"{removed:,} of {startup:,} basic blocks that only start-up executes are removed ({share:.1%})."]
+    listing = f"`dynacut live --pid {pid} --tree --learned` lists them"
+    if on_hit.action is Action.LEARN:
+        lines.append(f"Blocks that are needed after all put themselves back, and {listing}.")
+    else:
+        lines.append("A removed block that is needed after all does not come back: what no round reached is not known.")
+    learning = rounds[-1]
+    if not learning["quiet"]:
+        lines.append("Blocks still came as the learn round ended: more are to come.")
+    elif learning["blocks"]:
+        last, end = learning["last_new_seconds"], learning["seconds"]
+        lines.append(
+            f"{learning['blocks']:,} blocks had to come back, the last {last:.0f} s into the {end:.0f} s of learning."
+        )
+    return lines

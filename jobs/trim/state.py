@@ -10,7 +10,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.private_folder import private_folder
 from dynacut.shared.whole_file import write_whole
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = "state.json"
 _MAX_SIZE = 1 << 24
 

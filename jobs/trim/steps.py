@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.handlers.table import Action
 from dynacut.jobs.trim.instance import TIMEOUT, Instance, put_back
 from dynacut.jobs.trim.measured import memory_of, trimmed_facts
+from dynacut.jobs.trim.rounds import run_round
 from dynacut.jobs.trim.tracer import PhaseTracer
 from dynacut.shared import plan_file
 from dynacut.shared.coverage.drcov import read_union
+from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, Scope
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from dynacut.shared.target import Target
 
 Details = dict[str, Any]
+_LINGERS = 5
+"""How often the service is left to its timers when it learns, if they go on bringing something."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,15 @@ class Trim:
     """One trim in one directory.
 
     init: logs of the start-up of a given process. serving: logs of later phases that the workload does not have.
-    on_hit, scope: of the final plan. warn: is told what a user should know.
+    learn_for: seconds that learning takes at least. on_hit, scope: of the final plan. warn: is told what a user should
+    know.
     """
 
     instance: Instance
     tracer: PhaseTracer
     init: tuple[Path, ...]
     serving: tuple[Path, ...]
+    learn_for: float
     on_hit: str
     scope: str
     warn: Callable[[str], None]
@@ -59,10 +66,10 @@ class Trim:
         else:
             with self.instance.running():
                 traced = [self.tracer.running(given)]
-        if not all(phases.quiet for phases in traced):
+        if not all(phases.round.quiet_passes for phases in traced):
             self.warn(
-                f"after {self.tracer.passes} passes the workload still reached new code now and then: some paths may "
-                "not be known yet; allow more by --passes"
+                f"after {self.tracer.patience.passes} passes the workload still reached new code now and then: some "
+                "paths may not be known yet; allow more by --passes"
             )
         init = union_of_all(
             [read_union(self.init, self.warn), *(phases.init for phases in traced if phases.init is not None)]
@@ -73,7 +80,8 @@ class Trim:
         return {
             "init_blocks": init.count,
             "serving_blocks": serving.count,
-            "passes": sum(phases.passes for phases in traced),
+            "passes": sum(phases.round.passes for phases in traced),
+            "rounds": [phases.round.as_json() for phases in traced],
         }
 
     def plan(self) -> Details:
@@ -119,14 +127,11 @@ class Trim:
             plan, left_out = without(plan_file.load(self.path("plan-learn.toml")), stay)
             if not was_learned:
                 self._rewrite(image, "image-learn", lambda target, table: resolve.disable(plan, target, table))
-        passes = 0
         if not was_learned:
             with self.instance.restored("image-learn") as pid:
-                passes, found = self._work_until_learned(pid)
-                write(self.path("learned.drcov"), found)
+                self.instance.state.note("learned", self._work_until_learned(pid))
                 self.instance.dump(pid, "image-learned")
-        learned = read_union([self.path("learned.drcov")], self.warn).count
-        return {"passes": passes, "learned": learned, "standing": left_out}
+        return {**self.instance.state.noted("learned"), "standing": left_out}
 
     def remove(self) -> Details:
         """image-learned/ → plan.toml, image-final/."""
@@ -184,8 +189,7 @@ class Trim:
             write(self.path("standing.drcov"), stay)
             plan, left_out = without(plan_file.load(self.path("plan-learn.toml")), stay)
             apply(lambda *where: resolve.disable(plan, *where))
-            passes, found = self._work_until_learned(pid)
-            write(self.path("learned.drcov"), found)
+            learned = self._work_until_learned(pid)
             self.tracer.tell("removing for good")
             apply(put_back)
             final = self._final_plan(union_of_all([stay, standing(pid, tree=True)]))
@@ -193,28 +197,42 @@ class Trim:
             self.tracer.tell("workload on the trimmed program")
             self.tracer.service.work(pid)
             details = self._facts(pid)
-        counts = {"passes": passes, "learned": found.count, "standing": left_out, "sites": _site_count(final)}
-        return {"memory_before": memory, **counts, **details}
+        return {"memory_before": memory, **learned, "standing": left_out, "sites": _site_count(final), **details}
 
     # What both have in common.
 
-    def _work_until_learned(self, pid: int) -> tuple[int, Coverage]:
-        """Runs the workload until enough passes learn nothing more: how many it were, and what was learned."""
+    def _work_until_learned(self, pid: int) -> Details:
+        """→ learned.drcov: runs the workload until nothing more is learned.
+
+        Raises:
+            DynacutError: a command fails; or blocks came to the end, and the final plan could not put them back.
+        """
         from dynacut.live.learned import learned
+        from dynacut.shared.coverage.drcov import write
+        from dynacut.shared.coverage.keep import union_of_all
 
         tracer = self.tracer
-        before = quiet = number = 0
-        while number < tracer.passes and quiet < tracer.quiet:
-            number += 1
-            tracer.tell(f"learning, pass {number}: {before:,} blocks so far")
+        found: list[Coverage] = []
+
+        def work() -> None:
             tracer.service.work(pid)
             time.sleep(tracer.idle)
-            found = learned(pid, tree=True).count
-            quiet = quiet + 1 if found == before else 0
-            before = found
-        tracer.tell(f"left to itself for {tracer.linger:.0f} s: {before:,} blocks so far")
-        time.sleep(tracer.linger)
-        return number, learned(pid, tree=True)
+
+        def poll() -> int:
+            # A worker that has ended takes its table along: what it had learned by the last look counts.
+            found[:] = [union_of_all([*found, learned(pid, tree=True)])]
+            return found[0].count
+
+        patience = replace(tracer.patience, lingers=_LINGERS, least=self.learn_for)
+        done = run_round(patience, work, poll, tracer.tell, "learning")
+        write(self.path("learned.drcov"), union_of_all(found))
+        if not done.is_quiet and OnHit.parse(self.on_hit).action is not Action.LEARN:
+            raise DynacutError(
+                f"{done.blocks:,} blocks had to come back, the last after {done.last_new:.0f} s of {done.seconds:.0f}: "
+                f"more would, and {self.on_hit} would not let them",
+                "give it longer by --learn-for, --linger or --passes; or take --on-hit learn, in a new directory",
+            )
+        return {"passes": done.passes, "learned": done.blocks, "round": done.as_json()}
 
     def _final_plan(self, stay: Coverage) -> Plan:
         """→ plan.toml, standing.drcov. stay: where threads are now."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynacut.jobs.trim.instance import Instance
+from dynacut.jobs.trim.rounds import Patience, Round, run_round
 from dynacut.jobs.trim.service import Service
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import is_alive
@@ -24,33 +25,24 @@ _POLL = 0.05
 
 @dataclass(frozen=True)
 class Phases:
-    """What ran. init is None where the program ran already.
-
-    passes: how often the workload was run. quiet: whether its last passes reached nothing new.
-    """
+    """What ran, and the round of the workload that showed it. init is None where the program ran already."""
 
     init: Coverage | None
     serving: Coverage
-    passes: int
-    quiet: bool
+    round: Round
 
 
 @dataclass(frozen=True)
 class PhaseTracer:
     """How phases are traced.
 
-    modules: names; none for the executable. idle: seconds without a new block after which a pass is over. passes: the
-    most runs of the workload. quiet: so many in a row must reach nothing new, as the same requests take other paths
-    when their packets come at other times. linger: seconds left to the service after the last pass, for what its timers
-    do.
+    modules: names; none for the executable. idle: seconds without a new block after which a pass is over.
     """
 
     instance: Instance
     modules: tuple[str, ...]
     idle: float
-    passes: int
-    quiet: int
-    linger: float
+    patience: Patience
 
     @property
     def service(self) -> Service:
@@ -93,10 +85,10 @@ class PhaseTracer:
             self.service.await_ready(seen, lambda: is_alive(held.pid))
             self._await_quiet(trace)
             init = trace.next_phase()
-            passes, quiet = self._work(trace, held.pid)
+            done = self._work(trace, held.pid)
             self.tell("shutting the program down")
             self.service.shut_down(held.pid, shutdown)
-            return Phases(init, trace.coverage(), passes, quiet)
+            return Phases(init, trace.coverage(), done)
 
     def running(self, pid: int) -> Phases:
         """Traces the workload of a service that runs, with its descendants, and takes the trace out of it again.
@@ -117,10 +109,10 @@ class PhaseTracer:
             self.tell("finding blocks and arming them")
             trace.arm()
             try:
-                passes, quiet = self._work(trace, pid)
+                done = self._work(trace, pid)
             finally:
                 trace.disarm()
-            return Phases(None, trace.coverage(), passes, quiet)
+            return Phases(None, trace.coverage(), done)
 
     def _chosen(self, process: Process) -> Sequence[Module]:
         if not self.modules:
@@ -134,24 +126,14 @@ class PhaseTracer:
             chosen += found
         return chosen
 
-    def _work(self, trace: Trace, pid: int) -> tuple[int, bool]:
-        """Runs the workload until enough passes, with the idle time after each, reach no new block, then lingers.
+    def _work(self, trace: Trace, pid: int) -> Round:
+        """Runs the workload until it reaches nothing new."""
 
-        Returns how many passes it were, and whether the last ones reached nothing new.
-        """
-        blocks = quiet = number = 0
-        while number < self.passes and quiet < self.quiet:
-            number += 1
-            self.tell(f"workload, pass {number}: {blocks:,} blocks so far")
+        def work() -> None:
             self.service.work(pid)
             self._await_quiet(trace)
-            quiet = quiet + 1 if trace.poll() == blocks else 0
-            blocks = trace.poll()
-        end = time.monotonic() + self.linger
-        while (left := end - time.monotonic()) > 0:
-            self.tell(f"left to itself for {left:.0f} s: {trace.poll():,} blocks so far")
-            time.sleep(min(_POLL, left))
-        return number, quiet == self.quiet
+
+        return run_round(self.patience, work, trace.poll, self.tell, "workload")
 
     def _await_quiet(self, trace: Trace) -> None:
         """Returns when no block was new for the idle time, or the workload's timeout is over."""

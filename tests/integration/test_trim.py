@@ -30,6 +30,8 @@ from .trims import Trims, assert_trimmed, ended
 
 QUICK = ("--idle", "0.1", "--linger", "0")
 """For programs without timers."""
+REMOVED = ("--on-hit", "terminate")
+"""For good: by default, what is needed after all comes back."""
 ENDED_BY_SIGTRAP = -int(signal.SIGTRAP)
 
 
@@ -54,7 +56,7 @@ def test_a_signal_handler_of_start_up_is_gone_and_the_work_goes_on(way: str, tri
     program = compile_program("startup", tmp_path)
     options = ("--live",) if way == "live" else ()
     work = asking(port, "'work 5'", str(feature(5)))
-    report = trim(*options, "--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
+    report = trim(*options, *REMOVED, "--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
     assert_trimmed(report, 0.8)
     pid = report["target"]["pid"]
     assert [ask(port, f"work {n}") for n in (3, 9)] == [str(feature(3)), str(feature(9))]
@@ -135,9 +137,8 @@ def test_a_path_left_out_of_the_serving_phases_is_learned(way: str, trim: Trims,
         plain.terminate()
     work = asking(port, "'work 5'", str(feature(5)))
     again = f"test ! -e {trim.directory}/standing.drcov || {asking(port, 'again', str(checksum))}"
-    report = trim(
-        *options, "--ready-log", "^ready", *QUICK, "--workload", work, "--workload", again, "--", program, port
-    )
+    works = ("--workload", work, "--workload", again)
+    report = trim(*options, *REMOVED, "--ready-log", "^ready", *QUICK, *works, "--", program, port)
     (module,) = report["modules"]
     assert module["learned"]["blocks"] >= 3
     assert read(trim.directory / "learned.drcov").count == module["learned"]["blocks"]
@@ -146,6 +147,55 @@ def test_a_path_left_out_of_the_serving_phases_is_learned(way: str, trim: Trims,
     assert ask(port, "again") == str(checksum)
     os.kill(report["target"]["pid"], signal.SIGINT)
     assert ended(report["target"]["pid"]) == ENDED_BY_SIGTRAP
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "live"])
+def test_by_default_what_is_needed_after_all_comes_back(
+    way: str, trim: Trims, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """The SIGINT handler, which no phase had, and `again`, after the trim: nothing ends."""
+    if way == "checkpoint":
+        the_criu()
+    port = free_port()
+    program = compile_program("startup", tmp_path)
+    options = ("--live",) if way == "live" else ()
+    work = asking(port, "'work 5'", str(feature(5)))
+    report = trim(*options, "--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
+    assert_trimmed(report, 0.8)
+    pid = report["target"]["pid"]
+    assert dynacut.json("live", "--pid", pid, "--learned")["learned"] == []
+    os.kill(pid, signal.SIGINT)
+    assert int(ask(port, "again")) > 0
+    assert len(dynacut.json("live", "--pid", pid, "--learned")["learned"]) >= 4
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 0
+    assert "ended after 2 interrupts" in (trim.directory / "output.log").read_text().splitlines()[-1]
+
+
+def test_nothing_is_removed_for_good_while_blocks_still_come_back(
+    trim: Trims, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """In the only pass of the learn round a block comes back: the service is ended, and a longer round goes through."""
+    port = free_port()
+    program = compile_program("startup", tmp_path)
+    work = asking(port, "'work 5'", str(feature(5)))
+    learning = f"test ! -e {trim.directory}/standing.drcov || kill -INT $DYNACUT_PID"
+    common = ("--live", *REMOVED, "--ready-log", "^ready", *QUICK, "--workload", work, "--serve", learning)
+    command = ("--", str(program), str(port))
+    short = dynacut("trim", "-o", trim.directory, *common, "--passes", "1", "--quiet-passes", "1", *command)
+    assert short.returncode == 1
+    assert re.search(r"blocks had to come back, .* terminate would not let them", short.stderr)
+    assert "--learn-for" in short.stderr
+    with pytest.raises(OSError):
+        ask(port, "work 1")
+    report = trim(*common, "--learn-for", "0.5", *command)
+    traced, learned = report["rounds"]
+    assert (traced["round"], learned["round"]) == ("trace", "learn")
+    assert learned["blocks"] == report["modules"][0]["learned"]["blocks"] > 0
+    assert learned["seconds"] >= 0.5 > learned["last_new_seconds"]
+    assert learned["quiet"]
+    os.kill(report["target"]["pid"], signal.SIGINT)
+    assert ask(port, "work 4") == str(feature(4))
 
 
 def test_an_interrupted_trim_goes_on_with_the_step_that_is_not_done(
@@ -333,6 +383,7 @@ def text_of(pid: int, program: Path) -> bytes:
         (("--ready-port", "1", "--", "sleep", "9"), "--workload is missing"),
         (("--workload", "true"), "either -- CMD or --pid"),
         (("--workload", "true", "--on-hit", "x", "--ready-port", "1", "--", "sleep", "9"), "is no action"),
+        (("--workload", "true", "--scope", "page", "--ready-port", "1", "--", "sleep", "9"), "cannot come back"),
     ],
 )
 def test_wrong_usage_touches_nothing(arguments: tuple[str, ...], says: str, dynacut: Dynacut, tmp_path: Path) -> None:

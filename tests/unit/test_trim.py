@@ -12,7 +12,16 @@ from typing import Any, cast
 import pytest
 
 from dynacut.cli.trim.command import end_recorded
-from dynacut.jobs.trim.outcome import Amount, change_rows, code_rows, module_reports
+from dynacut.jobs.trim.outcome import (
+    ROUND_COLUMNS,
+    Amount,
+    change_rows,
+    code_rows,
+    module_reports,
+    round_rows,
+    rounds_of,
+    summary_of,
+)
 from dynacut.jobs.trim.service import Service
 from dynacut.jobs.trim.state import State
 from dynacut.offline.processes import start_time
@@ -163,3 +172,34 @@ def test_a_report_counts_what_ran_and_what_goes() -> None:
     assert ["ROP gadgets", "server", "100", "80"] in changes
     assert ["mapped pages of text", "", "9", "6"] in changes
     assert {len(row) for row in [*rows, *changes]} == {4}
+
+
+QUIET = {"passes": 3, "seconds": 20.2, "blocks": 0, "last_new_seconds": 0.0, "quiet": True}
+TRACED = {"passes": 1200, "seconds": 20.2, "blocks": 5, "last_new_seconds": 7.4, "quiet": False}
+
+
+def test_a_report_says_how_sure_it_is() -> None:
+    rounds = rounds_of({"trace": {"rounds": [TRACED]}, "plan": {}, "live": {"round": QUIET}})
+    assert [each["round"] for each in rounds] == ["trace", "learn"]
+    assert round_rows(rounds) == [["traced", "1,200", "20", "7 s", "yes"], ["learned", "3", "20", "none came", "no"]]
+    assert {len(row) for row in round_rows(rounds)} == {len(ROUND_COLUMNS)}
+
+
+@pytest.mark.parametrize(
+    ("on_hit", "learning", "says"),
+    [
+        ("learn", QUIET, "put themselves back, and `dynacut live --pid 7 --tree --learned` lists them"),
+        ("terminate", QUIET, "does not come back: what no round reached is not known"),
+        ("learn", {**TRACED, "quiet": True}, "5 blocks had to come back, the last 7 s into the 20 s of learning"),
+        ("learn", TRACED, "Blocks still came as the learn round ended"),
+    ],
+)
+def test_the_summary_says_what_a_hit_does_and_what_speaks_against_it(
+    on_hit: str, learning: dict[str, Any], says: str
+) -> None:
+    reports = module_reports([startup()], final_plan(0x10, 0x20), Coverage(()), Coverage(()), {})
+    lines = summary_of(
+        reports, rounds_of({"trace": {"rounds": []}, "learn": {"round": learning}}), OnHit.parse(on_hit), 7
+    )
+    assert lines[0] == "2 of 3 basic blocks that only start-up executes are removed (66.7%)."
+    assert any(says in line for line in lines)
