@@ -16,6 +16,7 @@ from dynacut.shared.target import Module, Target
 
 if TYPE_CHECKING:
     from dynacut.shared.binary.blocks import BlockMap
+    from dynacut.shared.binary.entries import Entries
     from dynacut.shared.binary.symbols import SymbolTable
 
 _WORTH_A_BLOCK_MAP = 64
@@ -57,6 +58,13 @@ class Code:
     def function_at(self, offset: int) -> FunctionRange | None:
         """The function that contains an offset."""
         return function_at(self.functions, offset)
+
+    @cached_property
+    def entries(self) -> Entries:
+        """Where functions begin, without their parts that lie apart (``work.cold``)."""
+        from dynacut.shared.binary.entries import Entries
+
+        return Entries(self.elf)
 
     @cached_property
     def restartable(self) -> tuple[range, ...]:

@@ -19,6 +19,7 @@ from dynacut.shared.sites import ABSOLUTE, Ask, Locator, Place
 from dynacut.shared.target import PAGE_SIZE, Target
 
 INT3 = b"\xcc"
+_APART = "a part of one that lies apart, with a frame on the stack"
 
 
 class MisfitError(Exception):
@@ -306,6 +307,8 @@ class Resolver:
                     raise MisfitError(
                         f"{place}: return needs the entry of a function, its function begins at {function.start:#x}"
                     )
+                if place.offset not in place.code.entries:
+                    raise MisfitError(f"{place}: return needs the entry of a function, this is {_APART}")
                 if self._target.has_shadow_stack:
                     raise MisfitError(f"{place}: return does not work in a process with a shadow stack")
             case Action.HANDLER if not self._has_library:
@@ -316,14 +319,13 @@ class Resolver:
         destination = self._locator.locate(site)
         self._check_place(destination)
         function = destination.code.function_at(destination.offset)
-        own = place.code.function_at(place.offset)
-        same = destination.code is place.code and function == own
-        if not same and (function is None or destination.offset != function.start):
+        same = destination.code is place.code and function == place.code.function_at(place.offset)
+        if not same and destination.offset not in destination.code.entries:
             raise MisfitError(
                 f"{place}: the redirect to {destination} leads into the midst of another function; only its entry "
                 "has a known stack"
             )
-        if not same and own is not None and place.offset != own.start:
+        if not same and place.offset not in place.code.entries:
             raise MisfitError(
                 f"{place}: a redirect to another function is possible only from a function's entry, where the stack is "
                 "as after a call"

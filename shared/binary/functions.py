@@ -37,11 +37,16 @@ class FunctionRange(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Cie:
+class Cie:
+    """What FDEs have in common. instructions: of the frame program that theirs follow upon."""
+
     pointer_encoding: int
     lsda_encoding: int
     has_length: bool
     is_signal_frame: bool
+    code_factor: int
+    data_factor: int
+    instructions: bytes
 
     @cached_property
     def is_simple(self) -> bool:
@@ -49,14 +54,19 @@ class _Cie:
         return self.pointer_encoding == _PC_REL_SDATA4 and self.lsda_encoding == _OMIT and not self.is_signal_frame
 
 
-class _Fde(NamedTuple):
+class Fde(NamedTuple):
+    """One function's. start, end, lsda: module offsets. rest: where in the section its augmentation data lie, and its
+    instructions; limit: where they end."""
+
     start: int
     end: int
     lsda: int | None
-    is_signal_frame: bool
+    cie: Cie
+    rest: int
+    limit: int
 
 
-class _Reader:
+class Reader:
     """A cursor over encoded data whose first byte has a vaddr."""
 
     def __init__(self, data: memoryview, address: int) -> None:
@@ -114,7 +124,7 @@ def function_ranges(elf: ElfFile) -> tuple[FunctionRange, ...]:
     executable = [(s.offset, s.file_end) for s in elf.segments if s.executable]
     low = high = 0  # the segment of the range before: nearly always this one's too
     found: dict[int, int] = {}
-    for start, end, _, is_signal_frame in _fdes(elf):
+    for start, end, _, cie, _, _ in fdes(elf):
         if start >= end:
             continue
         if first_stub <= start < last_stub and any(first <= start < last for first, last in stubs):
@@ -126,7 +136,7 @@ def function_ranges(elf: ElfFile) -> tuple[FunctionRange, ...]:
             low, high = place
         if not elf.sections and _is_stub(elf.read(start, min(12, end - start))):
             continue
-        if is_signal_frame:
+        if cie.is_signal_frame:
             adjusted = _signal_frame_start(elf, start, end)
             if adjusted is None:
                 continue
@@ -156,7 +166,7 @@ def landing_pads(elf: ElfFile) -> tuple[int, ...]:
     """
     pads: set[int] = set()
     budget = len(elf.data)  # hostile FDEs could all name one large table
-    for fde in _fdes(elf):
+    for fde in fdes(elf):
         if fde.lsda is None:
             continue
         segment = elf.segment_at(fde.lsda)
@@ -164,7 +174,7 @@ def landing_pads(elf: ElfFile) -> tuple[int, ...]:
             raise elf.malformed(f"an exception table at {fde.lsda:#x}")
         data = elf.view(fde.lsda, segment.file_end - fde.lsda)
         try:
-            for pad in _pads_of(_Reader(data, fde.lsda + elf.link_base), fde.start + elf.link_base):
+            for pad in _pads_of(Reader(data, fde.lsda + elf.link_base), fde.start + elf.link_base):
                 budget -= 1
                 if budget < 0:
                     raise DynacutError("more call sites than bytes")
@@ -175,7 +185,7 @@ def landing_pads(elf: ElfFile) -> tuple[int, ...]:
     return tuple(sorted(pad - elf.link_base for pad in pads))
 
 
-def _pads_of(table: _Reader, function_start: int) -> Iterator[int | None]:
+def _pads_of(table: Reader, function_start: int) -> Iterator[int | None]:
     """Yield the landing pad of each call site, None where it has none."""
     encoding, position = table.data[0], 1
     pads_base = function_start
@@ -210,7 +220,7 @@ def _signal_frame_start(elf: ElfFile, start: int, end: int) -> int | None:
     return None
 
 
-def _eh_frame(elf: ElfFile) -> tuple[memoryview, int, bool] | None:
+def eh_frame(elf: ElfFile) -> tuple[memoryview, int, bool] | None:
     """Return .eh_frame's bytes, its vaddr, and whether it ends at the first zero, not at the data's end."""
     section = elf.section(".eh_frame")
     if section is not None:
@@ -224,7 +234,7 @@ def _eh_frame(elf: ElfFile) -> tuple[memoryview, int, bool] | None:
     header = elf.view(header_at, 8)
     if header[0] != 1 or header[1] == _OMIT:
         return None
-    address, _ = _Reader(header, header_at + elf.link_base).pointer(header[1], 4)
+    address, _ = Reader(header, header_at + elf.link_base).pointer(header[1], 4)
     segment = elf.segment_at(address - elf.link_base)
     if segment is None or address - elf.link_base >= segment.file_end:
         raise elf.malformed(".eh_frame_hdr points outside the file")
@@ -232,19 +242,20 @@ def _eh_frame(elf: ElfFile) -> tuple[memoryview, int, bool] | None:
     return elf.view(offset, segment.file_end - offset), address, True
 
 
-def _fdes(elf: ElfFile) -> Iterator[_Fde]:
+def fdes(elf: ElfFile) -> Iterator[Fde]:
+    """Yield the FDEs in their order in the section; DynacutError if it is malformed."""
     place = None
     try:
-        place = _eh_frame(elf)
+        place = eh_frame(elf)
         if place is not None:
             yield from _walk(*place, elf.link_base)
     except (struct.error, IndexError, DynacutError) as error:
         raise elf.malformed(f".eh_frame: {error}") from error
 
 
-def _walk(data: memoryview, address: int, stops_at_zero: bool, link_base: int) -> Iterator[_Fde]:
-    reader = _Reader(data, address)
-    cies: dict[int, _Cie] = {}
+def _walk(data: memoryview, address: int, stops_at_zero: bool, link_base: int) -> Iterator[Fde]:
+    reader = Reader(data, address)
+    cies: dict[int, Cie] = {}
     position, size = 0, len(data)
     while position + 4 <= size:
         entry = position
@@ -270,14 +281,14 @@ def _walk(data: memoryview, address: int, stops_at_zero: bool, link_base: int) -
             if cie.is_simple and length >= 12:
                 distance, code_size = _FAST_RANGE.unpack_from(data, position + 4)
                 start = address - link_base + position + 4 + distance
-                yield _Fde(start, start + code_size, None, False)
+                yield Fde(start, start + code_size, None, cie, position + 12, end)
                 position = end
                 continue
             yield _parse_fde(reader, cie, position + 4, end, link_base)
         position = end
 
 
-def _parse_cie(data: memoryview, address: int, entry: int) -> _Cie:
+def _parse_cie(data: memoryview, address: int, entry: int) -> Cie:
     if entry < 0:
         raise DynacutError("an FDE refers to a CIE before the section")
     length = _U32.unpack_from(data, entry)[0]
@@ -288,19 +299,21 @@ def _parse_cie(data: memoryview, address: int, entry: int) -> _Cie:
     end = position + length
     if end > len(data) or _U32.unpack_from(data, position)[0] != 0:
         raise DynacutError(f"no CIE at {entry:#x}")
-    reader = _Reader(data[:end], address)
+    reader = Reader(data[:end], address)
     version = data[position + 4]
     position += 5
     augmentation = bytes(data[position : min(end, position + 32)]).partition(b"\0")[0].decode("latin-1")
     position += len(augmentation) + 1
     if version not in (1, 3) or (augmentation and augmentation[0] != "z"):
         raise DynacutError(f"CIE version {version} with augmentation {augmentation!r} is not supported")
-    _, position = reader.leb128(position)
-    _, position = reader.leb128(position, signed=True)
+    code_factor, position = reader.leb128(position)
+    data_factor, position = reader.leb128(position, signed=True)
     position = position + 1 if version == 1 else reader.leb128(position)[1]
     pointer_encoding, lsda_encoding = 0, _OMIT
+    instructions = position
     if augmentation:
-        _, position = reader.leb128(position)
+        size, position = reader.leb128(position)
+        instructions = position + size
     for letter in augmentation[1:]:
         if letter == "R":
             pointer_encoding, position = reader.data[position], position + 1
@@ -312,16 +325,25 @@ def _parse_cie(data: memoryview, address: int, entry: int) -> _Cie:
             raise DynacutError(f"CIE augmentation {augmentation!r} is not supported")
     if pointer_encoding & 0x80:
         raise DynacutError(f"pointer encoding {pointer_encoding:#x} is not supported")
-    return _Cie(pointer_encoding, lsda_encoding, bool(augmentation), "S" in augmentation)
+    return Cie(
+        pointer_encoding,
+        lsda_encoding,
+        bool(augmentation),
+        "S" in augmentation,
+        code_factor,
+        data_factor,
+        bytes(data[instructions:end]),
+    )
 
 
-def _parse_fde(reader: _Reader, cie: _Cie, position: int, end: int, link_base: int) -> _Fde:
+def _parse_fde(reader: Reader, cie: Cie, position: int, end: int, link_base: int) -> Fde:
     start, position = reader.pointer(cie.pointer_encoding, position)
     size, position = reader.pointer(cie.pointer_encoding & 0x07, position)
-    lsda = None
+    lsda, rest = None, position
     if cie.has_length and cie.lsda_encoding != _OMIT:
         _, position = reader.leb128(position)
         lsda, position = reader.pointer(cie.lsda_encoding & 0x7F, position)
     if position > end:
         raise DynacutError("an FDE is shorter than its fields")
-    return _Fde(start - link_base, start - link_base + size, lsda - link_base if lsda else None, cie.is_signal_frame)
+    first = start - link_base
+    return Fde(first, first + size, lsda - link_base if lsda else None, cie, rest, end)

@@ -175,7 +175,7 @@ class _Finder:
             return
         inside = function.start <= destination < function.end
         if self.flow.blocks.is_boundary(destination) and (
-            inside or (entry == function.start and self.flow.is_entry(destination))
+            inside or (entry in self.flow.entries and destination in self.flow.entries)
         ):
             yield Candidate(kind, entry, destination, block.size, reason, parts, jump)
 

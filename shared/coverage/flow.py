@@ -17,6 +17,7 @@ from dynacut.shared.binary.blocks import BlockMap
 from dynacut.shared.binary.code_pointers import code_pointers
 from dynacut.shared.binary.decode import disassembler
 from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.entries import Entries
 from dynacut.shared.binary.functions import FunctionRange, function_at
 from dynacut.shared.binary.jump_tables import JumpTable, find_jump_table
 from dynacut.shared.binary.pointer_tables import PointerTables
@@ -90,8 +91,13 @@ class Flow:
         return function_at(self.functions, offset)
 
     def is_entry(self, offset: int) -> bool:
-        """Whether a function begins at an offset."""
+        """Whether a function, or a part of one that lies apart, begins at an offset."""
         return offset in self._entries
+
+    @cached_property
+    def entries(self) -> Entries:
+        """Where functions begin, without their parts that lie apart."""
+        return Entries(self.elf)
 
     @cached_property
     def _scanned(self) -> tuple[dict[int, Branch], dict[int, int]]:

@@ -305,6 +305,18 @@ def test_an_action_that_does_not_fit_its_place(program: Start, sites: tuple[str,
     _refused_for(program("steps"), "--disable", *sites, "--on-hit", on_hit, "--as", "x", says=says)
 
 
+@pytest.mark.parametrize(
+    ("site", "on_hit", "says"),
+    [
+        ("apart.cold", "return=1", "this is a part of one that lies apart"),
+        ("apart.cold", "redirect=complain", "only from a function's entry"),
+        ("apart", "redirect=apart.cold", "into the midst of another function"),
+    ],
+)
+def test_a_part_of_a_function_that_lies_apart_is_no_entry(program: Start, site: str, on_hit: str, says: str) -> None:
+    _refused_for(program("apart"), "--disable", site, "--on-hit", on_hit, "--as", "x", says=says)
+
+
 def test_an_ambiguous_symbol_is_listed_with_its_places(program: Start, tmp_path: Path) -> None:
     sources = []
     for number in (1, 2):
