@@ -11,6 +11,7 @@ from dynacut.cli.arguments import address
 from dynacut.cli.console import warn
 from dynacut.handlers.table import Table
 from dynacut.shared import resolve
+from dynacut.shared.code import KnownFiles
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
@@ -86,6 +87,7 @@ class Request:
             DynacutError: they contradict each other, or the plan cannot be read.
         """
         self.ask: Ask | None = None
+        self._known = KnownFiles()
         self._arguments = arguments
         asked = [
             name
@@ -140,7 +142,7 @@ class Request:
         if self._plan is None:
             assert library is not None
             return resolve.install(library, table)
-        return resolve.disable(self._plan, target, table, library, self.ask)
+        return resolve.disable(self._plan, target, table, library, self.ask, self._known)
 
     @property
     def _describes_anew(self) -> bool:

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.shared.binary.cache_folder import cache_folder
-from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.elf import ElfFile, FileIdentity
+from dynacut.shared.binary.file_code import FileCode
 from dynacut.shared.binary.functions import FunctionRange, function_at
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import Module, Target
@@ -19,83 +19,90 @@ if TYPE_CHECKING:
     from dynacut.shared.binary.entries import Entries
     from dynacut.shared.binary.symbols import SymbolTable
 
-_WORTH_A_BLOCK_MAP = 64
-"""This many single checks of instruction boundaries take about as long as the block map of a server."""
+
+class KnownFiles:
+    """What was found out about files, for the next target that maps the same ones: a process and then its image."""
+
+    def __init__(self) -> None:
+        self._files: dict[FileIdentity, FileCode] = {}
+
+    def of(self, module: Module) -> FileCode:
+        """The code of a module's file: known already, or read anew where it is not the very same one.
+
+        Raises:
+            DynacutError: it cannot be read, or is malformed.
+        """
+        known = self._files.get(identity) if self._files and (identity := _identity(module.file)) else None
+        if known is None:
+            known = FileCode(module.elf, Path(module.path), module.root)
+            if module.elf.identity is not None:
+                self._files[module.elf.identity] = known
+        else:
+            module.take(known.elf)
+        return known
+
+
+def _identity(path: Path) -> FileIdentity | None:
+    try:
+        return FileIdentity.of(path.stat())
+    except OSError:
+        return None
 
 
 class Code:
     """What is known of the code of one module. Offsets are module offsets (relative to the load base)."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, known: KnownFiles | None = None) -> None:
         self.module = module
-        self._decoded = 0
+        self._known = known or KnownFiles()
 
     @cached_property
-    def elf(self) -> ElfFile:
-        """The ELF file the target has mapped; DynacutError if it cannot be read or is malformed."""
+    def file(self) -> FileCode:
+        """The code in the file that the target has mapped; DynacutError if it cannot be read or is malformed."""
         try:
-            return self.module.elf
+            return self._known.of(self.module)
         except DynacutError as error:
             raise DynacutError(
                 f"{self.module.path}: {error.problem}",
                 error.advice or "its file must be readable to patch it",
             ) from None
 
-    @cached_property
+    @property
+    def elf(self) -> ElfFile:
+        """The file; DynacutError as file."""
+        return self.file.elf
+
+    @property
     def symbols(self) -> SymbolTable:
         """The module's symbols, those of separate debug information included."""
-        from dynacut.shared.binary.symbols import SymbolTable
+        return self.file.symbols
 
-        return SymbolTable.of(self.elf, Path(self.module.path), self.module.root)
-
-    @cached_property
+    @property
     def functions(self) -> tuple[FunctionRange, ...]:
-        """The ranges of all functions, ascending, from the cache where it has them."""
-        from dynacut.shared.binary.function_cache import cached_function_ranges
+        """The ranges of all functions, ascending."""
+        return self.file.functions
 
-        return cached_function_ranges(self.elf)
+    @property
+    def blocks(self) -> BlockMap:
+        """The module's basic blocks."""
+        return self.file.blocks
 
     def function_at(self, offset: int) -> FunctionRange | None:
         """The function that contains an offset."""
         return function_at(self.functions, offset)
 
-    @cached_property
+    @property
     def entries(self) -> Entries:
         """Where functions begin, without their parts that lie apart (``work.cold``)."""
-        from dynacut.shared.binary.entries import Entries
-
-        return Entries(self.elf)
-
-    @cached_property
-    def restartable(self) -> tuple[range, ...]:
-        """The offsets at which an int3 would abort a restartable sequence."""
-        from dynacut.shared.binary.rseq import restartable_sequences
-
-        return restartable_sequences(self.elf)
+        return self.file.entries
 
     def is_restartable(self, start: int, end: int) -> bool:
         """Whether one of the offsets from start to end lies in a restartable sequence."""
-        return any(part.start < end and start < part.stop for part in self.restartable)
+        return any(part.start < end and start < part.stop for part in self.file.restartable)
 
     def is_boundary(self, offset: int) -> bool:
-        """Whether an instruction certainly begins at an offset.
-
-        A few offsets are checked by decoding their functions, which takes a millisecond each; for more of them the
-        block map of the module is worth its cost.
-        """
-        from dynacut.shared.binary.blocks import is_instruction_boundary
-
-        if self._quick_blocks is None and self._decoded < _WORTH_A_BLOCK_MAP:
-            self._decoded += 1
-            return is_instruction_boundary(self.elf, offset, self.functions)
-        return self.blocks.is_boundary(offset)
-
-    @cached_property
-    def _quick_blocks(self) -> BlockMap | None:
-        """The block map if the cache has it."""
-        from dynacut.shared.binary import block_cache
-
-        return block_cache.load(self.elf, cache_folder())
+        """Whether an instruction certainly begins at an offset."""
+        return self.file.is_boundary(offset)
 
     def block_size(self, offset: int) -> int:
         """The bytes from an offset to the end of its basic block. Needs the block map of the whole module."""
@@ -103,13 +110,6 @@ class Code:
         if block is None:
             raise DynacutError(f"{self.module.name}+{offset:#x} lies in no known basic block")
         return block.end - offset
-
-    @cached_property
-    def blocks(self) -> BlockMap:
-        """The module's basic blocks, from the cache where it has them."""
-        from dynacut.shared.binary import block_cache
-
-        return self._quick_blocks or block_cache.cached_block_map(self.elf)
 
     def describe(self, offset: int) -> str:
         """An offset as people know it: ``setCommand+0x12`` where a symbol is known, else ``redis-server+0xab072``."""
@@ -121,19 +121,17 @@ class Code:
 
     def source_lines(self, offsets: Iterable[int]) -> dict[int, str]:
         """What is known of the source of some offsets, ``t_string.c:295``; empty without debug information."""
-        from dynacut.shared.binary.lines import file_with_lines
-        from dynacut.shared.binary.source_lines import source_lines
-
-        elf = file_with_lines(self.elf, Path(self.module.path), self.module.root)
-        return source_lines(elf, offsets) if elf is not None else {}
+        return self.file.source_lines(offsets)
 
 
 class CodeOf:
     """The code of every module of a target."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, known: KnownFiles | None = None) -> None:
+        """known: where to look for what is known of a file, and to leave what is found out."""
         self.target = target
-        self._codes = {module.path: Code(module) for module in target.modules}
+        known = known or KnownFiles()
+        self._codes = {module.path: Code(module, known) for module in target.modules}
         parts = sorted(
             (
                 (mapping.start, mapping.end, self._codes[module.path])

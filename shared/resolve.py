@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dynacut.handlers.table import MAX_RANGES, Action, Table, TableSite
 from dynacut.shared.added import in_place, is_mapped
+from dynacut.shared.code import KnownFiles
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Patched, holes_to_make
 from dynacut.shared.library.library import Library
@@ -21,13 +22,18 @@ _MAX_DETAILS = 40
 
 
 def disable(
-    plan: Plan, target: Target, table: Table | None, library: Library | None = None, ask: Ask | None = None
+    plan: Plan,
+    target: Target,
+    table: Table | None,
+    library: Library | None = None,
+    ask: Ask | None = None,
+    known: KnownFiles | None = None,
 ) -> PatchSet:
     """The patch set that switches the plan's features off.
 
     table: what the target's table says, if it has one. Sites that are patched already are left alone. library: the
     user's, loaded for this target, that the action ``handler`` passes hits to; where one is in force, it may do.
-    ask: knows further names for sites.
+    ask: knows further names for sites. known: what is known of files, by which a second target costs less.
 
     Raises:
         DynacutError: the plan does not fit; every misfit is named, and nothing may be applied.
@@ -36,7 +42,7 @@ def disable(
     known_features = table.features if table else ()
     known_sites = table.sites if table else ()
     has_library = library is not None or user_of(table).is_in_force
-    resolver = Resolver(plan, target, known_sites, has_library=has_library, ask=ask)
+    resolver = Resolver(plan, target, known_sites, has_library=has_library, ask=ask, known=known)
     wanted = resolver.sites()
     wanted += resolver.idle_pages(wanted)
     wanted += resolver.removed_pages()

@@ -9,7 +9,7 @@ from itertools import pairwise
 from dynacut.handlers.table import Action, TableSite
 from dynacut.shared.added import Added, is_mapped
 from dynacut.shared.binary.functions import FunctionRange
-from dynacut.shared.code import Code, CodeOf
+from dynacut.shared.code import Code, CodeOf, KnownFiles
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import idle_pages
 from dynacut.shared.on_hit import OnHit
@@ -37,14 +37,15 @@ class Resolver:
         *,
         has_library: bool,
         ask: Ask | None = None,
+        known: KnownFiles | None = None,
     ) -> None:
-        """ask: knows further names of functions and lines."""
+        """ask: knows further names of functions and lines. known: what is known of files, to be added to."""
         self.misfits: list[str] = []
         self.advice = "nothing was changed; make the plan anew for this program, or correct it"
         self._plan = plan
         self._target = target
         self._has_library = has_library
-        self._codes = CodeOf(target)
+        self._codes = CodeOf(target, known)
         self._locator = Locator(self._codes, plan.modules, ask)
         self._known = sorted(known_sites, key=lambda site: site.address)
         self._known_starts = [site.address for site in self._known]

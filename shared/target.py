@@ -74,6 +74,10 @@ class Module:
 
         return ElfFile.open(self.file)
 
+    def take(self, elf: ElfFile) -> None:
+        """Makes an ELF file that has been read before this module's, whose very file it is."""
+        vars(self)["elf"] = elf  # where the cached property keeps it
+
 
 class Target(Protocol):
     """A running process or a process in a CRIU image."""

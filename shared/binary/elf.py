@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from dynacut.shared.binary.inside_root import open_inside
 from dynacut.shared.errors import DynacutError
@@ -92,6 +93,21 @@ class ProgramHeader:
     alignment: int
 
 
+class FileIdentity(NamedTuple):
+    """Which file it is, and when it was last changed: stat(2)."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        """Of what stat(2) says."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 class ElfFile:
     """A little-endian x86-64 ELF64 program or shared object (ET_EXEC, ET_DYN), its bytes taken once.
 
@@ -117,6 +133,8 @@ class ElfFile:
         """Parse data; see open. debug_file: separate debug information, whose segments hold nothing."""
         self.path = path
         self.data = data
+        self.identity: FileIdentity | None = None
+        """Which file it was read from."""
         self._debug_file = debug_file
         try:
             self._parse()
@@ -148,7 +166,9 @@ class ElfFile:
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise DynacutError(f"cannot read {path}: {reason}") from error
-        return cls(path if root is None else root / path.relative_to(path.anchor), data, debug_file=debug_file)
+        elf = cls(path if root is None else root / path.relative_to(path.anchor), data, debug_file=debug_file)
+        elf.identity = FileIdentity.of(status)
+        return elf
 
     def malformed(self, what: str) -> DynacutError:
         """Return the error to raise for a broken file."""

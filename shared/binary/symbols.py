@@ -158,6 +158,7 @@ class SymbolTable:
         """See of. sources: the file, the section in it, and what to call it."""
         self._elf = elf
         self._sources = sources
+        self._looked_up: dict[str, tuple[Symbol, ...]] = {}
         self.debug = debug
         """The separate debug file, if there is one."""
 
@@ -188,11 +189,13 @@ class SymbolTable:
 
     def lookup(self, name: str) -> tuple[Symbol, ...]:
         """Return the symbols of that name, one per offset, ascending: static functions may share a name."""
-        found: dict[int, Symbol] = {}
-        for symbol in self._read(name):
-            if symbol.name == name:
-                found.setdefault(symbol.offset, symbol)
-        return tuple(found[offset] for offset in sorted(found))
+        if name not in self._looked_up:
+            found: dict[int, Symbol] = {}
+            for symbol in self._read(name):
+                if symbol.name == name:
+                    found.setdefault(symbol.offset, symbol)
+            self._looked_up[name] = tuple(found[offset] for offset in sorted(found))
+        return self._looked_up[name]
 
     def near(self, name: str) -> list[str]:
         """Return up to five names like this one, the likeliest first, for an error message."""
