@@ -20,15 +20,21 @@ _SHARING = 0.5
 """Seconds in which a vfork is over, as a rule."""
 FILTERED = 2
 """The mode of seccomp of a thread that has filters, in /proc/PID/status."""
-_ASK_FILTERS = "use `dynacut live --check-seccomp`, which asks the filter first"
+ASK_FILTERS = "use `dynacut live --check-seccomp`, which asks the filter first"
+"""For admit(): where a filter may be asked."""
+ANOTHER_ENGINE = "use --check-seccomp, which asks the filter first, without --engine gdb"
+"""For admit(): where it may not, but by the ptrace engine."""
 YAMA_3_ADVICE = (
     "set kernel.yama.ptrace_scope lower in /etc/sysctl.d and start the machine again: it cannot be lowered before, and "
     "CRIU may not trace either"
 )
 
 
-def admit(pid: int, *, changing: bool, filtered: bool = False) -> None:
+def admit(pid: int, *, changing: bool, filtered: bool = False, otherwise: str | None = None) -> None:
     """Returns if the process may be looked at or, with changing, patched. filtered: also one with seccomp filters.
+
+    otherwise: what can be done about such a filter, besides a checkpoint; None where an image is of no use either, as
+    to what traces or tries.
 
     Raises:
         DynacutError: it may not; the reason and the way out are named, nothing has been touched.
@@ -50,7 +56,7 @@ def admit(pid: int, *, changing: bool, filtered: bool = False) -> None:
     try:
         for tid in thread_ids(pid):
             with suppress(OSError):  # a thread that ends meanwhile
-                _check_thread(label, task_status(pid, tid), filtered=filtered)
+                _check_thread(label, task_status(pid, tid), filtered=filtered, otherwise=otherwise)
         await_own_memory(pid, time.monotonic() + _SHARING)
     except OSError:
         raise gone(pid) from None
@@ -90,15 +96,17 @@ def check_not_traced(label: str, status: TaskStatus, tracer: str) -> None:
         )
 
 
-def _check_thread(label: str, status: TaskStatus, *, filtered: bool) -> None:
+def _check_thread(label: str, status: TaskStatus, *, filtered: bool, otherwise: str | None) -> None:
     """Tracers and seccomp filters are a matter of each thread."""
     if status.tracer:
         check_not_traced(label, status, f" ({_name(status.tracer)})")
-    if status.seccomp and not (filtered and status.seccomp == FILTERED):
-        mode, otherwise = ("a filter", _ASK_FILTERS) if status.seccomp == FILTERED else ("strict mode", "")
-        raise NeedsCheckpointError(
-            f"{label} runs under seccomp ({mode}), which may end it when it makes a system call for dynacut", otherwise
-        )
+    if not status.seccomp or (filtered and status.seccomp == FILTERED):
+        return
+    mode = "a filter" if status.seccomp == FILTERED else "strict mode"
+    problem = f"{label} runs under seccomp ({mode}), which may end it when it makes a system call for dynacut"
+    if otherwise is None:
+        raise DynacutError(problem, "use an instance of the same program that runs without the filter")
+    raise NeedsCheckpointError(problem, otherwise if status.seccomp == FILTERED else "")
 
 
 def _check_permission(pid: int, label: str, status: TaskStatus) -> None:

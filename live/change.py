@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from dynacut.handlers.table import Table
-from dynacut.live.admission import admit
+from dynacut.live.admission import ANOTHER_ENGINE, ASK_FILTERS, admit
 from dynacut.live.confinement import confinement
 from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
@@ -132,7 +132,8 @@ class _Work:
         self.seen.update(pids)
         for pid in pids:
             try:
-                admit(pid, changing=True, filtered=self.check_seccomp)
+                otherwise = ASK_FILTERS if self.engine is Engine.PTRACE else ANOTHER_ENGINE
+                admit(pid, changing=True, filtered=self.check_seccomp, otherwise=otherwise)
                 self.stack.enter_context(locked(pid))
                 process = self.stack.enter_context(Process(pid))
                 confined = confinement(process, self.timeout, self.outcome.clock) if self.check_seccomp else None

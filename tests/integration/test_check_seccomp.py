@@ -93,6 +93,14 @@ def test_without_the_option_it_is_named_first(program: Callable[..., Program], d
     assert 0 < advice.index("--check-seccomp") < advice.index("--fallback checkpoint")
 
 
+def test_it_is_named_only_where_it_helps(program: Callable[..., Program], dynacut: Dynacut, tmp_path: Path) -> None:
+    target = program("seccomp", "allow")
+    by_gdb = dynacut("live", "--pid", target.pid, *DISABLE, "--engine", "gdb").stderr.splitlines()
+    assert "--check-seccomp, which asks the filter first, without --engine gdb" in by_gdb[1]
+    traced = dynacut("trace", "--pid", target.pid, "-o", tmp_path / "log").stderr.splitlines()
+    assert "runs under seccomp (a filter)" in traced[0] and CHECK not in traced[1] and "checkpoint" not in traced[1]
+
+
 @pytest.mark.parametrize(("kind", "says"), [("errno", "gives an error"), ("kill", "ends the process")])
 def test_a_filter_that_does_not(program: Callable[..., Program], dynacut: Dynacut, kind: str, says: str) -> None:
     target = program("seccomp", kind)
