@@ -11,6 +11,15 @@ _MAX_SECONDS = 366 * 24 * 3600.0
 _MAX_COUNT = 1000
 
 
+def add_output_options(parser: argparse.ArgumentParser, *, verbose: str = "") -> None:
+    """Adds what every command takes. verbose: what -v given once does here."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON document, of an error too")
+    once = f"{verbose}; " if verbose else ""
+    group.add_argument("-v", "--verbose", action="count", default=0, help=f"{once}twice: trace back errors")
+    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
 def tcp_port(text: str) -> int:
     """A TCP port."""
     return _whole_number(text, 1, 65535, "TCP port")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.console import print_json, print_table
-from dynacut.shared.report import SCHEMA
+from dynacut.cli.console import SCHEMA, print_json, print_table
 
 if TYPE_CHECKING:
     from dynacut.shared.coverage.coverage import Coverage

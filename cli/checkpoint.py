@@ -6,16 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.arguments import seconds
-from dynacut.cli.console import print_json, warn
+from dynacut.cli.arguments import add_output_options, seconds
+from dynacut.cli.console import SCHEMA, print_json, warn
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import ExitStatus, printable
-from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.offline.checkpoint import Checkpoint
 
 HELP = "dump a process with its descendants into a directory (CRIU)"
+USAGE = ("dynacut checkpoint --pid P [--leave-running] [--criu PATH] [--timeout S] IMAGE_DIR",)
 DESCRIPTION = (
     "Dump a process with its descendants into a new directory, by CRIU. The options that CRIU needs are found by "
     "looking at the process. Open TCP connections are kept, and go on after `dynacut restore`."
@@ -41,9 +41,7 @@ def add_criu_options(parser: argparse.ArgumentParser, *, timeout: str) -> None:
         "--criu", type=Path, metavar="PATH", help="the CRIU to use (default: DYNACUT_CRIU, PATH, that of `make criu`)"
     )
     parser.add_argument("--timeout", type=seconds, metavar="S", help=timeout)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_output_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> ExitStatus:

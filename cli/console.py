@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from dynacut.cli.steps import clear_line
 from dynacut.shared.errors import DynacutError, printable
+
+SCHEMA = 1
+"""Of every JSON document that a command prints."""
 
 
 def print_error(error: DynacutError) -> None:
     """One line saying what is wrong, the details a line each, one line saying what to do."""
+    clear_line()
     print(f"dynacut: {error.problem}", file=sys.stderr)
     for detail in error.details:
         print(f"  - {detail}", file=sys.stderr)
     if error.advice:
         print(f"dynacut: {error.advice}", file=sys.stderr)
+
+
+def print_error_json(problem: str, advice: str, details: Sequence[str], status: int) -> None:
+    """The same as a JSON document on stdout, so that a script that reads one gets one; unless stdout takes none."""
+    error = {"problem": problem, "details": list(details), "advice": advice, "status": int(status)}
+    with suppress(OSError, ValueError):
+        print_json({"schema": SCHEMA, "error": error})
+        sys.stdout.flush()
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -45,4 +60,5 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, right:
 
 def warn(line: str) -> None:
     """A warning on stderr."""
+    clear_line()
     print(f"dynacut: warning: {printable(line)}", file=sys.stderr)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from dynacut.cli.console import print_json, print_table
+from dynacut.cli.arguments import add_output_options
+from dynacut.cli.console import SCHEMA, print_json, print_table
 from dynacut.shared.errors import ExitStatus, printable
-from dynacut.shared.report import SCHEMA
 
 HELP = "what works on this machine, and how to mend what does not"
+USAGE = ("dynacut doctor",)
 DESCRIPTION = (
     "Try out what dynacut needs: the kernel, permissions, CRIU, gdb, the compiler. For each piece that is missing, say "
     "what it costs and how to get it. Nothing is changed. Exit status 0 if running processes can be patched, else 1."
@@ -21,8 +22,7 @@ EPILOG = """examples:
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
+    add_output_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
             for each in findings
         ]
         print_json({"schema": SCHEMA, "works": working, "checks": checks})
-    else:
+    elif not arguments.quiet:
         rows = [[str(each.area), each.name, str(each.state), each.found] for each in findings]
         print_table("this machine", ["for", "piece", "state", "found"], rows)
         for each in findings:

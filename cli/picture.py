@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynacut.cli.console import print_json, print_table, warn
+from dynacut.cli.console import SCHEMA, print_json, print_table, warn
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
-from dynacut.shared.report import SCHEMA
 from dynacut.shared.whole_file import write_whole
 
 if TYPE_CHECKING:

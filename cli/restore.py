@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.checkpoint import add_criu_options
-from dynacut.cli.console import print_error, print_json
+from dynacut.cli.console import SCHEMA, print_error, print_json
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
-from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.offline.restore import Restored
 
 HELP = "let the processes of a checkpoint run again (CRIU)"
+USAGE = ("dynacut restore [--pid-file FILE] [--no-rollback] [--tcp-close] [--criu PATH] [--timeout S] IMAGE_DIR",)
 DESCRIPTION = (
     "Let the processes of a checkpoint run again, with the pids they had, by CRIU. When an image that was rewritten "
     "cannot be restored, its original is restored instead (exit status 3)."
@@ -55,12 +55,12 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         status = ExitStatus.CHECK_FAILED
         problem = f"{done.rolled_back_from} could not be restored; its original, {done.directory}, was"
         print_error(DynacutError(problem, "what the image had disabled is in force no more", details=done.errors))
+    if arguments.pid_file is not None:
+        _write_pid(arguments.pid_file, done.pid)
     if arguments.json:
         print_json(_document(done))
     elif not arguments.quiet:
         print(f"process {done.pid} ({printable(done.exe)}) runs again, {done.wall_ms:.0f} ms in all")
-    if arguments.pid_file is not None:
-        _write_pid(arguments.pid_file, done.pid)
     return status
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dynacut.cli.console import print_table
+from dynacut.cli.quantities import counted
 from dynacut.shared.errors import printable
-from dynacut.shared.report import Inspection
+from dynacut.shared.report import FeatureReport, Inspection, merged_features
 
 
 def processes_document(processes: Sequence[Inspection]) -> list[dict[str, Any]]:
@@ -45,12 +46,15 @@ def inspected_document(processes: Sequence[Inspection]) -> dict[str, Any]:
     }
 
 
-def print_modules(processes: Sequence[Inspection]) -> None:
-    """The modules of the first process, and what others have patched in any."""
-    root = processes[0]
-    print(f"process {root.pid}: {printable(root.exe)}")
-    rows = [[module.name, f"{module.base:#x}", f"{module.end - module.base:,}", module.path] for module in root.modules]
-    print_table("modules", ["module", "base", "bytes", "path"], rows, right=frozenset({2}))
+def print_processes(processes: Sequence[Inspection], *, with_modules: bool) -> None:
+    """Which processes they are, and what others have patched in any; with_modules: the modules of the first as well."""
+    root, *others = processes
+    which = f"process {root.pid}" + (f" and {len(others):,} more" if others else "")
+    modules = "" if with_modules else f", {counted(len(root.modules), 'module')} (-v lists them)"
+    print(f"{which}: {printable(root.exe)}{modules}")
+    if with_modules:
+        rows = [[each.name, f"{each.base:#x}", f"{each.end - each.base:,}", each.path] for each in root.modules]
+        print_table("modules", ["module", "base", "bytes", "path"], rows, right=frozenset({2}))
     foreign = [
         [str(process.pid), each.at, str(each.size), each.original[:8].hex(" "), each.found[:8].hex(" ")]
         for process in processes
@@ -62,8 +66,37 @@ def print_modules(processes: Sequence[Inspection]) -> None:
 
 
 def print_features(processes: Sequence[Inspection], *, with_sites: bool) -> None:
-    """The features of all processes; with_sites: every site as well."""
+    """The features of all processes, added up; with_sites: of each process, with every site."""
     several = len(processes) > 1
+    for process in processes:
+        if library := process.handler_json:
+            whose = f" of {process.pid}" if several else ""
+            print(f"handler{whose}: {library['library']} at {library['at']}, called at {library['function']}")
+    if not any(process.features for process in processes):
+        print("no features")
+    elif several and not with_sites:
+        _print_sums(processes)
+    else:
+        _print_each(processes, several=several, with_sites=with_sites)
+
+
+def _print_sums(processes: Sequence[Inspection]) -> None:
+    """A line for each feature: in how many processes it is disabled, and the sites and hits of all."""
+    by_name: dict[str, list[FeatureReport]] = {}
+    for process in processes:
+        for feature in process.features:
+            by_name.setdefault(feature.name, []).append(feature)
+    rows = []
+    for (name, features), merged in zip(by_name.items(), merged_features(processes, with_sites=False), strict=True):
+        disabled = sum(feature.state == "disabled" for feature in features)
+        sites = sum(len(feature.sites) for feature in features)
+        patched = sum(feature.patched for feature in features)
+        cells = [name, str(merged["state"]), f"{disabled}/{len(processes)}", f"{patched}/{sites}"]
+        rows.append([*cells, str(merged["hits"])])
+    print_table("features", ["feature", "state", "processes", "sites", "hits"], rows, right=frozenset({2, 3, 4}))
+
+
+def _print_each(processes: Sequence[Inspection], *, several: bool, with_sites: bool) -> None:
     rows = []
     sites = []
     for process in processes:
@@ -75,13 +108,6 @@ def print_features(processes: Sequence[Inspection], *, with_sites: bool) -> None
                 state = "patched" if site.patched else "original" if site.loaded else "unloaded"
                 cells = [feature.name, site.at, str(site.length), site.on_hit, state, str(site.hits)]
                 sites.append([*pid, *cells])
-    for process in processes:
-        if library := process.handler_json:
-            whose = f" of {process.pid}" if several else ""
-            print(f"handler{whose}: {library['library']} at {library['at']}, called at {library['function']}")
-    if not rows:
-        print("no features")
-        return
     first = ["pid"] if several else []
     print_table("features", [*first, "feature", "state", "sites", "hits"], rows, right=frozenset({len(first) + 3}))
     if with_sites:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.cli.arguments import address
+from dynacut.cli.arguments import add_output_options, address
 from dynacut.cli.console import warn
 from dynacut.handlers.table import Table
 from dynacut.shared import resolve
@@ -69,9 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default: entry, or what the plan says)",
     )
     how.add_argument("--dry-run", action="store_true", help="verify everything, change nothing")
-    how.add_argument("--json", action="store_true", help="print one JSON document")
-    how.add_argument("-v", "--verbose", action="count", default=0, help="show every site; twice: trace back errors")
-    how.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_output_options(parser, verbose="show modules and every site")
 
 
 class Request:

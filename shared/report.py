@@ -18,7 +18,6 @@ from dynacut.shared.on_hit import OnHit
 from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.target import PAGE_SIZE, Module, Target
 
-SCHEMA = 1
 _MAX_FOREIGN = 1000
 
 

@@ -12,10 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from dynacut.cli.console import print_error, print_json
+from dynacut.cli.console import SCHEMA, print_error, print_json
 from dynacut.cli.what import Request, add_options
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.report import SCHEMA
 
 
 def main() -> int:

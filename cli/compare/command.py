@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.arguments import count
+from dynacut.cli.arguments import add_output_options, count
 from dynacut.cli.console import print_json, print_table, warn
 from dynacut.cli.steps import Steps
 from dynacut.jobs.compare.ways import Settings, Way, why_not
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from dynacut.jobs.compare.results import Results
 
 HELP = "measure a plan live, by gdb and by checkpoint, side by side"
+USAGE = (
+    "dynacut compare --plan FILE [--feature NAME …] [--ways W,…] [--repeat N] [PROBE] [--html FILE]\n"
+    "                       [--images DIR] [--criu PATH] (--pid P [--yes] | -- CMD …)",
+)
 DESCRIPTION = (
     "Disable and undo a plan by each way, on a running process with its descendants, or on instances started for it, "
     "while clients ask it all the time: how long they waited, whether connections survived, how long threads stood "
@@ -50,12 +54,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--probe-tcp", dest="asked", type=_tcp, metavar="[HOST:]PORT", help="TCP connect")
     output = parser.add_argument_group("what it writes")
     output.add_argument("--html", type=Path, metavar="FILE", help="a page with charts, in one file that loads nothing")
-    output.add_argument("--json", action="store_true", help="print one JSON document")
+    add_output_options(parser)
     output.add_argument(
         "--images", type=Path, metavar="DIR", help="the folder for images (default: that of temporary files)"
     )
-    output.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
-    output.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--criu", type=Path, metavar="PATH", help="the CRIU to use (see dynacut checkpoint)")
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="-- CMD …", help="the program to start for each turn"

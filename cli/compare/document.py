@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from dynacut.cli.console import SCHEMA
 from dynacut.cli.quantities import counted, shown
 from dynacut.jobs.compare.results import Measured, Observed, Results
 from dynacut.jobs.compare.ways import Settings, Step, Way
 from dynacut.shared.errors import DynacutError, printable
-from dynacut.shared.report import SCHEMA
 
 NOBODY = "nobody"
 """The row for the same client with nobody touching the server."""

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.arguments import seconds
-from dynacut.cli.console import print_error, print_json, warn
+from dynacut.cli.console import SCHEMA, print_error, print_json, warn
 from dynacut.cli.live.engine import add_engine_options, behind_gdbserver, check_engine, engine_of, further_names
 from dynacut.cli.live.fallback import add_fallback_options, check_usage
 from dynacut.cli.steps import Steps
-from dynacut.cli.target_view import inspected_document, print_features, print_modules, processes_document
+from dynacut.cli.target_view import inspected_document, print_features, print_processes, processes_document
 from dynacut.cli.what import Request, add_options
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.report import SCHEMA, merged_features
+from dynacut.shared.report import merged_features
 
 if TYPE_CHECKING:
     from dynacut.jobs.fallback import Fallback
     from dynacut.live.change import Outcome
 
 HELP = "switch features of a running process off and on again"
+USAGE = (
+    "dynacut live (--pid P | --name N) [--tree] [WHAT] [HOW]",
+    "dynacut live --remote HOST:PORT [--pid P] [WHAT] [HOW]",
+)
 DESCRIPTION = "Switch features of a running process off and on again; without a change to make, show what is in force."
 EPILOG = """examples:
   dynacut live --pid 4711
@@ -80,7 +84,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         if request.changes:
             _print_change(outcome, arguments, wall_ms, fallback)
         else:
-            print_modules(outcome.processes)
+            print_processes(outcome.processes, with_modules=arguments.verbose > 0)
         print_features(outcome.processes, with_sites=arguments.verbose > 0)
     return ExitStatus.DONE if fallback is None else fallback.status
 

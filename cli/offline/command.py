@@ -7,17 +7,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.console import print_json, warn
-from dynacut.cli.target_view import inspected_document, print_features, print_modules, processes_document
+from dynacut.cli.console import SCHEMA, print_json, warn
+from dynacut.cli.target_view import inspected_document, print_features, print_processes, processes_document
 from dynacut.cli.what import Request, add_options
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.report import SCHEMA, merged_features
+from dynacut.shared.report import merged_features
 
 if TYPE_CHECKING:
     from dynacut.offline.change import Outcome
     from dynacut.offline.images.image import Image
 
 HELP = "the same in a CRIU image, written as a thin layer over it"
+USAGE = (
+    "dynacut offline IMAGE_DIR [-o OUT_DIR] [--flat] [--pid P …] [--root DIR] [WHAT] [HOW]",
+    "dynacut offline IMAGE_DIR --disassemble SITE",
+)
 DESCRIPTION = (
     "Switch features of the processes in a CRIU image off and on again; without a change to make, show what is in it. "
     "IMAGE_DIR is never modified: the changed image is written to OUT_DIR, as a layer that shares all unchanged files "
@@ -140,7 +144,7 @@ def _report(image: Image, outcome: Outcome, arguments: argparse.Namespace, *, ch
             from dynacut.cli.offline.look import print_image
 
             print_image(image, chosen(image, arguments.pid), thorough=arguments.verbose > 0)
-            print_modules(outcome.processes)
+            print_processes(outcome.processes, with_modules=arguments.verbose > 0)
         print_features(outcome.processes, with_sites=arguments.verbose > 0)
 
 

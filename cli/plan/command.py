@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.cli.arguments import count, seconds
+from dynacut.cli.arguments import add_output_options, count, seconds
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.plan import startup
 from dynacut.cli.plan.findings import Findings, document, print_findings
 from dynacut.cli.plan.startup import usage
-from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.cli.steps import Steps
+from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import name_problem
 from dynacut.shared.plan_file import write
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from dynacut.shared.coverage.suggest import Suggestion
 
 HELP = "find the blocks of a feature and a way to switch it off, or start-up code"
+USAGE = (
+    "dynacut plan --wanted F … --unwanted F … [--error F …] -o PLAN.toml [--name NAME]\n"
+    "                    [--try (--pid P [--tree] | -- CMD …) --probe-unwanted CMD … --probe-wanted CMD …]",
+    "dynacut plan --init F … (--serving F … | --init-point SITE | both) [-o PLAN.toml] [--module M … | --all-modules]\n"
+    "                    [--on-hit ACTION] [--scope entry|block|page]",
+    "dynacut plan --plan PLAN.toml --keep F … [-o PLAN2.toml] [--on-hit ACTION] [--scope …]",
+)
 DESCRIPTION = (
     "Find what only unwanted requests execute, and a redirect from there into the program's own error path. With "
     "--try, prove it on a sacrificial instance: apply, probe, undo, and on to the next way until one works. Or, with "
@@ -52,9 +59,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     trial.add_argument("--probe-wanted", action="append", default=[], metavar="CMD", help="succeeds; shall go on so")
     trial.add_argument("--probe-timeout", type=seconds, default=5.0, metavar="S", help="for each probe (default: 5)")
     trial.add_argument("--trials", type=count, default=20, metavar="N", help="ways to try at most (default: 20)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_output_options(parser)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD …", help="the instance to start")
 
 
@@ -80,8 +85,12 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         raise usage("--try needs an instance: either --pid or -- CMD")
     if arguments.tried and not arguments.probe_unwanted:
         raise usage("--try needs --probe-unwanted")
-    error = read_union(arguments.error, warn) if arguments.error else None
-    differences, suggestions = suggest(read_union(arguments.wanted, warn), read_union(arguments.unwanted, warn), error)
+    with Steps(shown=not arguments.quiet) as steps:
+        steps.tell("reading the logs")
+        error = read_union(arguments.error, warn) if arguments.error else None
+        wanted, unwanted = read_union(arguments.wanted, warn), read_union(arguments.unwanted, warn)
+        steps.tell("finding blocks, and ways around them")
+        differences, suggestions = suggest(wanted, unwanted, error)
     if not suggestions:
         raise DynacutError(
             "no safe way was found to switch off what only the unwanted requests execute",
@@ -124,16 +133,14 @@ def _try(
 
     probes = Probes(tuple(arguments.probe_wanted), tuple(arguments.probe_unwanted), arguments.probe_timeout)
     trials = []
-    with Instance(arguments.pid, command, probes, tree=arguments.tree) as instance:
-        for suggestion in suggestions[: arguments.trials]:
+    with (
+        Steps(shown=not arguments.quiet) as steps,
+        Instance(arguments.pid, command, probes, tree=arguments.tree) as instance,
+    ):
+        for number, suggestion in enumerate(suggestions[: arguments.trials], 1):
+            steps.tell(f"trial {number}: {suggestion.entry} → {suggestion.destination}")
             trial = instance.attempt(suggestion.plan(arguments.name))
             trials.append(trial)
-            if not arguments.quiet:
-                print(
-                    f"trial {len(trials)}: {printable(suggestion.entry)} → {printable(suggestion.destination)}: "
-                    f"{printable(trial.verdict)}",
-                    file=sys.stderr,
-                )
             if trial.works:
                 return suggestion, trials
     raise DynacutError(

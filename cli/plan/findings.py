@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.console import print_table, warn
+from dynacut.cli.console import SCHEMA, print_table, warn
 from dynacut.shared.errors import DynacutError, printable
-from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.live.trial import Trial

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.console import print_json, print_table, warn
+from dynacut.cli.console import SCHEMA, print_json, print_table, warn
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Scope
 from dynacut.shared.plan_file import load, write
-from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.shared.coverage.startup import StartupCode

@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynacut.cli import picture as show
-from dynacut.cli.arguments import pause, tcp_port
-from dynacut.cli.console import print_json
+from dynacut.cli.arguments import add_output_options, pause, tcp_port
+from dynacut.cli.console import SCHEMA, print_json
 from dynacut.cli.trace.sets import OPERATIONS, add_options, combine
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
-from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.shared.coverage.coverage import Coverage
 
 HELP = "collect block coverage of a running process (drcov)"
+USAGE = (
+    "dynacut trace (--pid P | [--end] -- CMD …) -o FILE [WHAT] [END] [PHASES]",
+    "dynacut trace --pid P --phase NAME",
+    "dynacut trace (--merge | --intersect | --subtract) F … [--normalise] -o FILE",
+    "dynacut trace --show [NAME=]F … [--module M] [--html FILE]",
+)
 DESCRIPTION = (
     "Collect block coverage of a running process, or of a program from its start, as drcov logs. A phase (start-up, "
     "wanted requests, unwanted ones) ends when the next one begins; each has a log of its own."
@@ -24,7 +29,7 @@ DESCRIPTION = (
 EPILOG = """examples:
   dynacut trace --pid 4711 -o redis.drcov --phase-name wanted      ends with Ctrl-C
   dynacut trace --pid 4711 --phase unwanted                        in another terminal: the next phase begins
-  dynacut trace -o nginx.drcov --ready-port 80 --for 60 -- nginx -g 'daemon off;'
+  dynacut trace -o nginx.drcov --ready-port 80 --for 60 --end -- nginx -g 'daemon off;'
   dynacut trace --subtract unwanted.drcov wanted.drcov -o set.drcov
   dynacut trace --show redis.start.drcov redis.wanted.drcov --html redis.html
 """
@@ -42,6 +47,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     end.add_argument("--for", dest="seconds", type=pause, metavar="S", help="after S seconds")
     end.add_argument("--until-exit", action="store_true", help="when the process ends, and no sooner but by Ctrl-C")
     end.add_argument("--until-quiet", type=pause, metavar="S", help="when for S seconds no new block was hit")
+    end.add_argument(
+        "--end", action="store_true", help="of -- CMD: end the program then, by SIGTERM (default: it runs on)"
+    )
     phases = parser.add_argument_group("phases")
     phases.add_argument("--phase-name", default="start", metavar="NAME", help="of the first phase (default: start)")
     phases.add_argument("--phase", metavar="NAME", help="tell the trace that runs on --pid that this phase begins")
@@ -56,9 +64,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser)
     show.add_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_output_options(parser)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD …", help="the program to start")
 
 
@@ -86,7 +92,9 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.cli.trace.session import Session, check_options
 
     check_options(arguments)
-    _report(arguments, Session(arguments, command).run())
+    session = Session(arguments, command)
+    logs = session.run()
+    _report(arguments, logs, session.left_running if command else None)
     return ExitStatus.DONE
 
 
@@ -103,7 +111,10 @@ def _begin_phase(arguments: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
-def _report(arguments: argparse.Namespace, logs: dict[str, tuple[Path, Coverage]]) -> None:
+def _report(
+    arguments: argparse.Namespace, logs: dict[str, tuple[Path, Coverage]], left_running: list[int] | None = None
+) -> None:
+    """left_running: of a program that was started for the trace, its processes that go on."""
     if arguments.json:
         phases = [
             {
@@ -117,7 +128,8 @@ def _report(arguments: argparse.Namespace, logs: dict[str, tuple[Path, Coverage]
             }
             for name, (path, coverage) in logs.items()
         ]
-        print_json({"schema": SCHEMA, "phases": phases})
+        document: dict[str, object] = {"schema": SCHEMA, "phases": phases}
+        print_json(document if left_running is None else document | {"left_running": left_running})
     elif not arguments.quiet:
         for name, (path, coverage) in logs.items():
             print(f"{name}: {coverage.count:,} blocks, {coverage.size_bytes:,} bytes → {path}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 
+from dynacut.cli.steps import Steps
 from dynacut.shared.errors import printable
 
-_CLEAR_LINE = "\r\x1b[K"
 _RATE_SECONDS = 1.0
 """New blocks per second are those of so many last seconds."""
 _WORTH_SAYING = 2.0
@@ -23,7 +21,7 @@ class Progress:
     def __init__(self, names: Mapping[str, str], *, shown: bool) -> None:
         self._names = names
         self._shown = shown
-        self._is_terminal = sys.stderr.isatty()
+        self._line = Steps(shown=shown)
         self._seen: deque[tuple[float, int]] = deque()
         self._modules = ""
         self.last_new = time.monotonic()
@@ -48,7 +46,7 @@ class Progress:
 
     def show(self, phase: str, modules: Mapping[str, int] | None) -> None:
         """Shows what was noted last. modules: blocks by path; None: as before."""
-        if not (self._shown and self._is_terminal and self._seen):
+        if not self._seen:
             return
         if modules is not None:
             self._modules = self.by_module(modules)
@@ -57,8 +55,7 @@ class Progress:
         rate = (blocks - before) / (now - then) if now > then else 0.0
         quiet = now - self.last_new
         news = f"nothing new for {quiet:.0f} s" if quiet > _WORTH_SAYING else f"{rate:,.0f} new per second"
-        line = f"phase {phase}: {blocks:,} blocks{self._modules}, {news}"
-        print(f"{_CLEAR_LINE}{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+        self._line.show(f"phase {phase}: {blocks:,} blocks{self._modules}, {news}")
 
     def by_module(self, modules: Mapping[str, int]) -> str:
         """` (redis-server 812, libssl.so.3 45)`, the most first; empty where there is one module only."""
@@ -70,9 +67,8 @@ class Progress:
     def say(self, line: str) -> None:
         """A line that stays."""
         if self._shown:
-            print(f"{_CLEAR_LINE if self._is_terminal else ''}{line}", file=sys.stderr, flush=True)
+            self._line.say(line)
 
     def say_for_now(self, line: str) -> None:
         """A line that goes with the next one; nothing where there is no terminal."""
-        if self._shown and self._is_terminal:
-            print(f"{_CLEAR_LINE}{line}", end="", file=sys.stderr, flush=True)
+        self._line.show(line)

@@ -47,6 +47,8 @@ class Session:
         self._phase = check_phase_name(arguments.phase_name)
         self._phases: dict[str, Coverage] = {}
         self._asked_to_end = False
+        self.left_running: list[int] = []
+        """After run(): processes of the program that it has started, which go on without a trace."""
         check_writable(arguments.output)
         Readiness(arguments.ready_port, _pattern(arguments))
 
@@ -88,9 +90,24 @@ class Session:
             stack.enter_context(self._noted_signals())
             failure = self._trace(trace, held, process, listener, readiness, progress)
         logs = self._write(trace)
+        if held:
+            self._part_with(held, trace)
         if failure is not None:
             raise failure
         return logs
+
+    def _part_with(self, held: HeldProgram, trace: Trace) -> None:
+        """Ends the program that was started, if that was asked for, or says that it runs on."""
+        from dynacut.cli.trace import parting
+
+        running = trace.running()
+        if held.pid in running:  # the others are its descendants, which it ends
+            running = [held.pid]
+        if running and self._arguments.end:
+            running = parting.end(running)
+        elif running and not self._arguments.quiet:
+            parting.tell(running, self._command[0])
+        self.left_running = running
 
     @contextmanager
     def _noted_signals(self) -> Iterator[None]:
@@ -263,6 +280,7 @@ def check_options(arguments: argparse.Namespace) -> None:
         ("-o FILE is missing", arguments.output is None),
         ("--until-exit excludes --for and --until-quiet", arguments.until_exit and (
             arguments.seconds is not None or arguments.until_quiet is not None)),
+        ("--end is for -- CMD: what was not started here is not ended", arguments.end and arguments.pid is not None),
         ("--module and --all-modules exclude each other", arguments.module and arguments.all_modules),
         ("--ready-log takes a file and a regular expression, or the latter alone", len(arguments.ready_log or ()) > 2),
     ):  # fmt: skip

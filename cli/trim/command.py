@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.arguments import count, pause, seconds, tcp_port
+from dynacut.cli.arguments import add_output_options, count, pause, seconds, tcp_port
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.steps import Steps
 from dynacut.handlers.table import Action
-from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Scope
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from dynacut.jobs.trim.steps import Trim
 
 HELP = "remove start-up code from a service: trace, learn, remove, in one go"
+USAGE = ("dynacut trim -o DIR [PHASES] [WHAT] (-- CMD … | --pid P --init F …)",)
 DESCRIPTION = (
     "Remove what a service executes at start-up only. An instance is traced from its first instruction to its end, "
     "under the workload; another is checkpointed, restored with its start-up code as `learn`, put to work until "
@@ -93,9 +93,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--scope", choices=[str(scope) for scope in Scope], default="block", help="(default: block)")
     parser.add_argument("--criu", type=Path, metavar="PATH", help="the CRIU to use")
     parser.add_argument("--end", action="store_true", help="end the trimmed service when the report is made")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="twice: trace back errors")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_output_options(parser)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD …", help="the service, in the foreground")
 
 
@@ -117,7 +115,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         end_recorded(state, ", of the trim that was interrupted, is ended")
     with Steps(shown=not arguments.quiet) as steps:
         trim = _trim(arguments, command, state, steps.tell)
-        _do(trim, names, quiet=arguments.quiet)
+        _do(trim, names, steps, quiet=arguments.quiet)
         steps.tell("drawing the report")
         report = write_report(trim, names)
     if arguments.end:
@@ -209,11 +207,11 @@ def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell:
     )
 
 
-def _do(trim: Trim, names: Sequence[str], *, quiet: bool) -> None:
+def _do(trim: Trim, names: Sequence[str], steps: Steps, *, quiet: bool) -> None:
     """Does the steps that are not done. If one fails, the service is left as it was before."""
     for number, name in enumerate(names, 1):
         try:
-            _step(trim, name, f"{number}/{len(names)} {name}", quiet=quiet)
+            _step(trim, name, f"{number}/{len(names)} {name}", steps, quiet=quiet)
         except KeyboardInterrupt:
             trim.instance.fall_back()
             left = "has ended" if trim.instance.given is None else "runs as before"
@@ -226,7 +224,7 @@ def _do(trim: Trim, names: Sequence[str], *, quiet: bool) -> None:
             raise
 
 
-def _step(trim: Trim, name: str, title: str, *, quiet: bool) -> None:
+def _step(trim: Trim, name: str, title: str, steps: Steps, *, quiet: bool) -> None:
     """Does a step, unless it is done."""
     state = trim.instance.state
     said = state.details(name)
@@ -243,8 +241,7 @@ def _step(trim: Trim, name: str, title: str, *, quiet: bool) -> None:
         return
     numbers = [f"{key.replace('_', ' ')} {said[key]:,}" for key in _TOLD if key in said]
     text = f"{title}: {_TITLES[name]} ({', '.join([*numbers, suffix])})"
-    trim.tracer.tell("")
-    print(f"\r{printable(text)}" if sys.stderr.isatty() else printable(text), file=sys.stderr, flush=True)
+    steps.say(text)
 
 
 def _usage(problem: str) -> DynacutError:

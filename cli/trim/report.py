@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.console import print_table
+from dynacut.cli.console import SCHEMA, print_table
 from dynacut.shared.errors import printable
-from dynacut.shared.report import SCHEMA
 
 if TYPE_CHECKING:
     from dynacut.jobs.trim.steps import Trim

@@ -29,7 +29,7 @@ from dynacut.shared.code import Code, CodeOf
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
-from dynacut.shared.proc import task_status
+from dynacut.shared.proc import is_alive, task_status
 from dynacut.shared.region import FoundRegion, find_layout, find_region
 from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.target import Module
@@ -82,6 +82,11 @@ class Trace:
         except OSError:
             pass
         return bool(self._family())
+
+    def running(self) -> list[int]:
+        """The process and the descendants that inherited the trace, as far as they run."""
+        own = [self._process.pid] if is_alive(self._process.pid) else []
+        return sorted({*own, *self._family()})
 
     @property
     def armed(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -36,6 +37,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dynacut.cli.main", *map(str, arguments)],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env=os.environ | {"TERM": "xterm"},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # or Ctrl-C would be a letter
         )  # fmt: skip
         os.close(theirs)
@@ -221,6 +223,21 @@ def test_a_daemon_is_traced_when_its_first_process_has_ended(
     worked = first_log.intersection(second)
     assert worked.count > 3, "the blocks of work() are in both"
     work(files[1])
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_a_program_runs_on_or_is_ended_on_demand(files: tuple[Path, Path], tmp_path: Path, is_ended: bool) -> None:
+    """The daemon that the program has become, which no job control of a shell knows."""
+    program = compile_program("daemon", tmp_path)
+    end = ["--end"] if is_ended else []
+    with Tracer("-o", tmp_path / "log.drcov", "--json", *end, "--", program, *files) as tracer:
+        wait_until(files[0].exists, "the daemon", 240)
+        pid = int(files[0].read_text())
+        tracer.process.send_signal(signal.SIGINT)
+        output, errors = tracer.process.communicate(timeout=240)
+    assert json.loads(output.splitlines()[-1])["left_running"] == ([] if is_ended else [pid])
+    assert (f"{program} runs on, no longer traced; to end it: kill {pid}\n" in errors) is not is_ended
+    assert is_running(pid) is not is_ended
 
 
 def test_a_child_outlives_its_traced_parent(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -94,7 +94,11 @@ def test_the_command_runs_as_a_module_too() -> None:
 def test_wrong_usage_is_exit_status_2(arguments: list[str], capsys: Capture) -> None:
     assert ends(*arguments) == 2
     lines = errors(capsys)
-    assert [line for line in lines if ": error: " in line] == lines[-1:]
+    if arguments:
+        assert len(lines) == 2 and all(line.startswith("dynacut: ") for line in lines)
+        assert lines[1] == f"dynacut: see dynacut{' live' if arguments[0] == 'live' else ''} --help"
+    else:
+        assert lines[0].startswith("usage: ") and any("switch features" in line for line in lines)
 
 
 def test_live_without_a_target_says_how_to_name_one(capsys: Capture) -> None:
@@ -160,21 +164,52 @@ def test_a_name_that_no_process_has_is_exit_status_1(capsys: Capture) -> None:
     assert "no-such-process-4711" in errors(capsys)[0]
 
 
-def test_the_traceback_is_shown_on_demand(tmp_path: Path) -> None:
-    with pytest.raises(DynacutError):
-        main(["live", "-vv", "--pid", str(os.getpid()), "--plan", str(tmp_path / "none.toml")])
+def test_the_traceback_is_shown_on_demand(tmp_path: Path, capsys: Capture) -> None:
+    assert ends("live", "-vv", "--pid", str(os.getpid()), "--plan", str(tmp_path / "none.toml")) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback ") and "none.toml cannot be read" in lines[-2]
+
+
+def failure(status: ExitStatus) -> Callable[..., Outcome]:
+    def fail(*_: object, **__: object) -> Outcome:
+        raise DynacutError("it went wrong", "do this", status=status, details=["one", "two"])
+
+    return fail
 
 
 @pytest.mark.parametrize("status", list(ExitStatus)[1:])
 def test_the_status_of_an_error_is_the_exit_status(
     status: ExitStatus, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def fail(*_: object, **__: object) -> Outcome:
-        raise DynacutError("it went wrong", "do this", status=status, details=["one", "two"])
-
-    monkeypatch.setattr(change_module, "change", fail)
+    monkeypatch.setattr(change_module, "change", failure(status))
     assert ends("live", "--pid", "1", "--undo") == status
     assert errors(capsys) == ["dynacut: it went wrong", "  - one", "  - two", "dynacut: do this"]
+
+
+@pytest.mark.parametrize("status", list(ExitStatus)[1:])
+def test_an_error_is_a_json_document_too(status: ExitStatus, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(change_module, "change", failure(status))
+    assert ends("live", "--pid", "1", "--undo", "--json") == status
+    captured = capsys.readouterr()
+    error = {"problem": "it went wrong", "details": ["one", "two"], "advice": "do this", "status": status}
+    assert json.loads(captured.out) == {"schema": 1, "error": error}
+    assert captured.err.splitlines() == ["dynacut: it went wrong", "  - one", "  - two", "dynacut: do this"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["live", "--json", "--nothing"], ["live", "--json"], ["nothing", "--json"], ["doctor", "--json", "superfluous"]],
+)
+def test_wrong_usage_is_a_json_document_too(words: list[str], capsys: Capture) -> None:
+    assert ends(*words) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["status"] == 2 and error["problem"] and error["advice"]
+
+
+def test_the_json_of_a_traced_program_is_its_own(capsys: Capture) -> None:
+    """What stands behind -- asks nothing of dynacut."""
+    assert ends("trace", "--", "program", "--json") == 2
+    assert len(errors(capsys)) == 2
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -184,6 +219,11 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(change_module, "change", interrupt)
     assert ends("live", "--pid", "1", "--undo") == ExitStatus.UNKNOWN
     assert len(errors(capsys)) == 1
+    assert ends("live", "--pid", "1", "--undo", "--json") == ExitStatus.UNKNOWN
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["problem"], error["status"]) == ("interrupted", ExitStatus.UNKNOWN) and "dynacut live" in error[
+        "advice"
+    ]
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
@@ -325,6 +365,31 @@ def test_tables_are_tab_separated_off_a_terminal(shows: Callable[[Outcome], None
     assert "4711\tserver+0x20\t1\t55\tcc" in lines
 
 
+def test_modules_are_listed_on_demand(shows: Callable[[Outcome], None], capsys: Capture) -> None:
+    shows(outcome(SET))
+    ends("live", "--pid", "4711")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "process 4711: /srv/server, 1 module (-v lists them)"
+    assert "MODULE\tBASE\tBYTES\tPATH" not in lines
+    ends("live", "--pid", "4711", "-v")
+    assert "server\t0x1000\t8,192\t/srv/server" in capsys.readouterr().out.splitlines()
+
+
+def test_many_processes_are_added_up(shows: Callable[[Outcome], None], capsys: Capture) -> None:
+    given = outcome(SET, GET, pids=(4711, 4712, 4713))
+    given.processes[1] = outcome(FeatureReport("set", (site(patched=False),)), pids=(4712,)).processes[0]
+    shows(given)
+    ends("live", "--pid", "4711", "--tree")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("process 4711 and 2 more: /srv/server")
+    assert "FEATURE\tSTATE\tPROCESSES\tSITES\tHITS" in lines
+    assert "set\tdisabled\t2/3\t4/5\t17" in lines
+    assert "[bold]get\tenabled\t0/3\t0/2\t0" in lines
+    ends("live", "--pid", "4711", "--tree", "-v")
+    lines = capsys.readouterr().out.splitlines()
+    assert "4712\tset\tenabled\t0/1\t3" in lines and "4713\tset\tdisabled\t2/2\t7" in lines
+
+
 def test_a_change_is_told_in_one_line(shows: Callable[[Outcome], None], capsys: Capture) -> None:
     shows(outcome(SET))
     ends("live", "--pid", "4711", "--undo")
@@ -383,6 +448,18 @@ def test_an_error_with_control_characters_is_one_line(capsys: Capture) -> None:
     console.print_error(DynacutError("process 5 (a\x1b[2J\nb) is gone"))
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "\x1b" not in captured.err
+
+
+def test_a_report_can_be_printed_in_any_encoding(
+    shows: Callable[[Outcome], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old locale, in a terminal or a cron job, has no µ."""
+    shows(outcome(SET))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert ends("live", "--pid", "4711", "--undo") == 0
+    sys.stdout.flush()
+    assert b"62 ?s in all" in written.getvalue()
 
 
 def test_every_scope_can_be_asked_for(capsys: Capture) -> None:

@@ -6,11 +6,13 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from dynacut.cli.main import COMMANDS, command_parser
+from dynacut.shared.errors import DynacutError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +55,16 @@ def test_the_reference_has_no_option_that_is_not_there(command: str) -> None:
             assert name in known or re.fullmatch("-v+", name), f"{command} has no {name}"
 
 
+@pytest.mark.parametrize("command", subcommands())
+def test_the_synopsis_is_that_of_help(command: str) -> None:
+    for way in import_module(f"dynacut.cli.{COMMANDS[command]}").USAGE:
+        assert _without_indentation(way) in _without_indentation(chapter(command))
+
+
+def _without_indentation(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
 def command_lines() -> Iterator[tuple[str, str]]:
     """Command lines of the pages and of --help that stand there complete, with their page."""
     texts = [(page.name, page.read_text("utf-8")) for page in PAGES]
@@ -80,3 +92,5 @@ def test_an_example_is_a_command_line(page: str, line: str) -> None:
         parser.parse_args(shlex.split(line)[1:])
     except SystemExit as exit_:
         assert exit_.code == 0, f"{page}: {line}"
+    except DynacutError as error:
+        pytest.fail(f"{page}: {line}: {error.problem}")
