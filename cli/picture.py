@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynacut.cli.console import SCHEMA, print_json, print_table, warn
+from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.whole_file import write_whole
 
@@ -57,7 +58,9 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     """
     from dynacut.shared.coverage.picture import picture_of
 
-    picture = picture_of([_phase(text) for text in arguments.show], arguments.module)
+    with Steps(shown=not arguments.quiet) as steps:
+        steps.tell("finding blocks")
+        picture = picture_of([_phase(text) for text in arguments.show], arguments.module)
     for line in picture.warnings:
         warn(line)
     if arguments.html:
@@ -131,7 +134,8 @@ def _print_strips(picture: Picture) -> None:
             _print_line(f"  {name:{label}} ", f"|{strip}|" if not is_terminal else strip, _colour(picture, kind))
         print()
     shares = ", ".join(f"{mark} <{level:.0%}" for mark, level in zip(marks[1:], _LEVELS, strict=False))
-    print(f"Each column is a page or some; its mark says how much of its bytes are of that kind: {shares}, {marks[-1]}")
+    print("Each column is a page or some; its mark says how much of its bytes are of that kind:")
+    print(f"{shares}, {marks[-1]} more")
 
 
 def _print_line(label: str, strip: str, colour: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.arguments import add_output_options, count
 from dynacut.cli.console import print_json, print_table, warn
+from dynacut.cli.quantities import counted
 from dynacut.cli.steps import Steps
 from dynacut.jobs.compare.ways import Settings, Way, why_not
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
@@ -127,7 +128,8 @@ def _ask(arguments: argparse.Namespace, ways: Sequence[Way], features: Sequence[
     if not arguments.quiet:
         print(
             f"process {arguments.pid} and its descendants: {', '.join(map(printable, features))} will be disabled and "
-            f"enabled again {arguments.repeat} times by each of: {', '.join(ways)}; clients will ask all the time.",
+            f"enabled again {counted(arguments.repeat, 'time')} by each of: {', '.join(ways)}; clients will ask "
+            "all the time.",
             file=sys.stderr,
         )
         if Way.CHECKPOINT in ways:

@@ -111,7 +111,7 @@ def verdicts_of(way: dict[str, Any]) -> list[tuple[str, bool]]:
         ("the same table", True) if way["same_tables"] else ("ANOTHER TABLE than by the first way", False),
         ("undone completely", True) if way["undone"] else ("NOT UNDONE completely", False),
         ("open connections survived", True) if not lost else (f"up to {lost:.0f} open connections BROKEN", False),
-        ("no request failed", True) if not failed else (f"up to {failed:.0f} requests failed{at_new}", False),
+        ("no request failed", True) if not failed else (f"up to {failed:,.0f} requests failed{at_new}", False),
     ]
 
 

@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         pid = by_name(arguments.process_name)
     if request.lists:
         return _list(pid, arguments)
-    with further_names(arguments) as request.ask:
+    with further_names(arguments) as request.ask, Steps(shown=not arguments.quiet) as steps:
+        steps.tell("verifying and changing" if request.changes else "looking")
         outcome, fallback = _outcome(pid, arguments, request)
     wall_ms = (time.perf_counter() - started) * 1000
     for line in dict.fromkeys(warning for process in outcome.processes for warning in process.warnings):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_json, warn
+from dynacut.cli.steps import Steps
 from dynacut.cli.target_view import inspected_document, print_features, print_processes, processes_document
 from dynacut.cli.what import Request, add_options
 from dynacut.shared.errors import DynacutError, ExitStatus
@@ -65,17 +66,19 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
             return ExitStatus.DONE
         if request.lists:
             return _list(image, arguments)
-        if request.changes:
-            outcome = change(
-                image,
-                request.resolve,
-                arguments.output,
-                pids=arguments.pid,
-                dry_run=arguments.dry_run,
-                flat=arguments.flat,
-            )
-        else:
-            outcome = look(image, arguments.pid)
+        with Steps(shown=not arguments.quiet) as steps:
+            steps.tell("verifying and writing" if request.changes else "looking")
+            if request.changes:
+                outcome = change(
+                    image,
+                    request.resolve,
+                    arguments.output,
+                    pids=arguments.pid,
+                    dry_run=arguments.dry_run,
+                    flat=arguments.flat,
+                )
+            else:
+                outcome = look(image, arguments.pid)
         wall_ms = (time.perf_counter() - started) * 1000
         _report(image, outcome, arguments, changes=request.changes, wall_ms=wall_ms)
     return ExitStatus.DONE

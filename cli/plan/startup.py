@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_json, print_table, warn
+from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
@@ -73,7 +74,9 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         later.append(after)
         if not arguments.serving:
             warn("a log says when a block ran first, not whether again: give --serving too, or learn before removing")
-    parts = startup_code(init, later, arguments.module, all_modules=arguments.all_modules)
+    with Steps(shown=not arguments.quiet) as steps:
+        steps.tell("finding blocks, and what ran at start-up only")
+        parts = startup_code(init, later, arguments.module, all_modules=arguments.all_modules)
     on_hit = OnHit.parse(arguments.on_hit or "learn")
     plan = startup_plan(parts, on_hit, Scope(arguments.scope or Scope.ENTRY))
     if arguments.output is not None:

@@ -16,10 +16,14 @@ _WORTH_SAYING = 2.0
 
 
 class Progress:
-    """Blocks of the phase that runs. names: what to call each module, by its path; one needs no name."""
+    """Blocks of the phase that runs. names: what to call each module, by its path; one needs no name.
 
-    def __init__(self, names: Mapping[str, str], *, shown: bool) -> None:
+    several: processes with counters of their own are watched, so that a block counts once for each that has hit it.
+    """
+
+    def __init__(self, names: Mapping[str, str], *, shown: bool, several: bool = False) -> None:
         self._names = names
+        self._what = "first hits in all processes" if several else "blocks"
         self._shown = shown
         self._line = Steps(shown=shown)
         self._seen: deque[tuple[float, int]] = deque()
@@ -55,7 +59,7 @@ class Progress:
         rate = (blocks - before) / (now - then) if now > then else 0.0
         quiet = now - self.last_new
         news = f"nothing new for {quiet:.0f} s" if quiet > _WORTH_SAYING else f"{rate:,.0f} new per second"
-        self._line.show(f"phase {phase}: {blocks:,} blocks{self._modules}, {news}")
+        self._line.show(f"phase {phase}: {blocks:,} {self._what}{self._modules}, {news}")
 
     def by_module(self, modules: Mapping[str, int]) -> str:
         """` (redis-server 812, libssl.so.3 45)`, the most first; empty where there is one module only."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dynacut.cli.console import warn
+from dynacut.cli.steps import clear_line
 from dynacut.cli.trace.progress import Progress
 from dynacut.shared.errors import DynacutError, ExitStatus
 
@@ -82,9 +83,10 @@ class Session:
                     f"{module.name} can block all signals, in threads or handlers that it makes later: a block that is "
                     "first hit by one of them would end the process"
                 )
-            progress = Progress({module.path: module.name for module in modules}, shown=not self._arguments.quiet)
-            progress.say_for_now("finding blocks and arming them …")
             tree = self._arguments.tree
+            names = {module.path: module.name for module in modules}
+            progress = Progress(names, shown=not self._arguments.quiet, several=tree)
+            progress.say_for_now("finding blocks and arming them …")
             trace = stack.enter_context(TreeTrace(process, modules)) if tree else Trace(process, modules)
             listener = stack.enter_context(PhaseListener(pid))
             stack.enter_context(self._noted_signals())
@@ -158,6 +160,7 @@ class Session:
             except DynacutError as error:
                 failure = failure or error
             self._close_phase(trace, None, progress)
+            clear_line()
         return failure
 
     def _readiness(self, pid: int) -> Readiness:
