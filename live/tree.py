@@ -45,7 +45,7 @@ def by_name(name: str) -> int:
                 if line:  # kernel threads and zombies have none
                     names.add(process.exe().rpartition("/")[2])
                 if name in names and line:
-                    matches[process.pid] = (process.ppid(), " ".join(line)[:60])
+                    matches[process.pid] = (process.ppid(), " ".join(line).strip()[:60])
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     roots = [pid for pid, (parent, _) in matches.items() if parent not in matches]
@@ -53,5 +53,8 @@ def by_name(name: str) -> int:
         return roots[0]
     if not roots:
         raise DynacutError(f"no process is called {name!r}", "`ps -e` lists the processes; use --pid")
-    listed = ", ".join(f"{pid} ({matches[pid][1]})" for pid in roots)
-    raise DynacutError(f"several processes are called {name!r}: {listed}", "use --pid with one of them")
+    raise DynacutError(
+        f"several processes are called {name!r}",
+        "use --pid with one of them",
+        details=[f"{pid}  {matches[pid][1]}" for pid in roots],
+    )

@@ -41,7 +41,7 @@ class Resolver:
     ) -> None:
         """ask: knows further names of functions and lines. known: what is known of files, to be added to."""
         self.misfits: list[str] = []
-        self.advice = "nothing was changed; make the plan anew for this program, or correct it"
+        self.advice = "nothing was changed; correct it, or make a plan anew for this build of the program"
         self._plan = plan
         self._target = target
         self._has_library = has_library
@@ -161,11 +161,14 @@ class Resolver:
 
     def check_overlaps(self, sites: Sequence[TableSite]) -> None:
         """No byte may belong to two sites: their old bytes and actions would contradict each other."""
+        known = {site.feature for site in self._known}
         for before, after in pairwise(site for site in sites if site.old):
             if after.address < before.end:
+                there = sorted(known.intersection((before.feature, after.feature)).difference(self._plan.feature_names))
                 self.misfits.append(
                     f"{self._codes.describe(after.address)} ({after.feature}) overlaps "
                     f"{self._codes.describe(before.address)} ({before.feature})"
+                    + "".join(f"; feature {name!r} has it already: use that name, or undo first" for name in there)
                 )
 
     def check_destinations(self, sites: Sequence[TableSite]) -> None:

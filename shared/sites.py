@@ -84,7 +84,7 @@ class Locator:
         if code is None:
             raise DynacutError(
                 f"{site} lies in no module of {self._codes.target.label}",
-                "`dynacut live --pid` shows the modules",
+                "-v without a change shows the modules",
             )
         return Place(code, address - code.module.base)
 
@@ -123,7 +123,7 @@ class Locator:
         raise DynacutError(
             f"module {name}: build-id {planned.build_id} is not in {self._codes.target.label}"
             + (f"; {likely}" if likely else ""),
-            "make the plan anew for this version of the program",
+            "give the process that the plan is for, or make it anew for this version of the program",
         )
 
     def _symbol(self, site: str, name: str, offset: int, within: Code | None) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import struct
@@ -58,7 +59,8 @@ def _refused(
 ) -> None:
     """Runs the command, which must be refused with these words, in two lines or with details in between."""
     code, out, errors = start("live", *arguments, uid=uid).result(timeout)
-    assert (code, out) == (status, ""), errors
+    assert code == status, errors
+    assert ("error" in json.loads(out)) if "--json" in arguments else out == "", errors
     problem, *details, advice = errors.splitlines()
     assert problem.startswith("dynacut: "), errors
     assert advice.startswith("dynacut: "), errors
