@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dynacut.live.process import gone
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.errors import DynacutError, shortened
 
 
 def descendants(pid: int) -> list[int]:
@@ -45,7 +45,7 @@ def by_name(name: str) -> int:
                 if line:  # kernel threads and zombies have none
                     names.add(process.exe().rpartition("/")[2])
                 if name in names and line:
-                    matches[process.pid] = (process.ppid(), " ".join(line).strip()[:60])
+                    matches[process.pid] = (process.ppid(), shortened(" ".join(line).strip()))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     roots = [pid for pid, (parent, _) in matches.items() if parent not in matches]
@@ -56,5 +56,5 @@ def by_name(name: str) -> int:
     raise DynacutError(
         f"several processes are called {name!r}",
         "use --pid with one of them",
-        details=[f"{pid}  {matches[pid][1]}" for pid in roots],
+        details=[f"{pid} ({matches[pid][1]})" for pid in roots],
     )

@@ -11,6 +11,7 @@ from dynacut.cli.arguments import seconds
 from dynacut.cli.console import SCHEMA, print_error, print_json, warn
 from dynacut.cli.live.engine import add_engine_options, behind_gdbserver, check_engine, engine_of, further_names
 from dynacut.cli.live.fallback import add_fallback_options, check_usage
+from dynacut.cli.quantities import counted
 from dynacut.cli.steps import Steps
 from dynacut.cli.target_view import inspected_document, print_features, print_processes, processes_document
 from dynacut.cli.what import Request, add_options
@@ -177,8 +178,9 @@ def _document(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -
 
 
 def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float, fallback: Fallback | None) -> None:
-    processes = f"{len(outcome.processes)} processes" if arguments.tree else f"process {outcome.processes[0].pid}"
-    places = f"{outcome.edits} place{'' if outcome.edits == 1 else 's'}"
+    root, *others = outcome.processes
+    processes = f"{1 + len(others)} processes" if others else f"process {root.pid}"
+    places = counted(outcome.edits, "place")
     if arguments.dry_run:
         how = "" if fallback is None else " by a checkpoint"
         print(f"{processes}: {places} would be changed{how}; everything fits, nothing was touched")
@@ -196,5 +198,6 @@ def _stops(outcome: Outcome) -> str:
     stops = outcome.clock
     if not stops.stops:
         return "without a stop"
-    times = f"{stops.stops} stop{'' if stops.stops == 1 else 's'} of a thread"
-    return f"with {times}, {stops.total_ns / 1000:.0f} µs in all, the longest {stops.longest_ns / 1000:.0f} µs"
+    times = counted(stops.stops, "stop")
+    in_all, longest = stops.total_ns / 1000, stops.longest_ns / 1000
+    return f"with {times} of a thread, {in_all:,.0f} µs in all, the longest {longest:,.0f} µs"

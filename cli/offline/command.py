@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_json, warn
+from dynacut.cli.quantities import counted
 from dynacut.cli.steps import Steps
 from dynacut.cli.target_view import inspected_document, print_features, print_processes, processes_document
 from dynacut.cli.what import Request, add_options
@@ -174,9 +175,8 @@ def _document(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -
 
 
 def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: float) -> None:
-    count = len(outcome.processes)
-    processes = f"{count} process{'' if count == 1 else 'es'}"
-    places = f"{outcome.edits} place{'' if outcome.edits == 1 else 's'}"
+    processes = counted(len(outcome.processes), "process", "processes")
+    places = counted(outcome.edits, "place")
     written = outcome.written
     if written is None:
         print(f"{processes}: {places} would be changed; everything fits, nothing was written")
