@@ -159,12 +159,13 @@ def _regions(target: Target, magic: bytes) -> Iterator[tuple[Region, bytes]]:
             continue
         head = target.read(table.start, VERSION_OFFSET + 4)
         if head[:VERSION_OFFSET] in (magic, RETIRED_MAGICS[magic]):
-            yield Region(code.start, table.size), head
+            yield Region(table.start - CODE_SIZE, table.size), head
 
 
 def _looks_like_region(code: Mapping, table: Mapping) -> bool:
+    """Both may reach further: the kernel shows what the program has mapped directly before or behind as one with it."""
     return (
-        code.size == CODE_SIZE
+        code.size >= CODE_SIZE
         and code.executable
         and not code.writable
         and code.end == table.start

@@ -17,6 +17,7 @@ from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import PatchSet
 from dynacut.shared.plan_file import loads
+from dynacut.shared.region import find_region
 from dynacut.shared.target import Target
 
 from .conftest import Dynacut
@@ -130,3 +131,25 @@ def test_more_blocking_threads_than_a_table_holds(tmp_path: Path, dynacut: Dynac
         assert f"{REPAIR_CAPACITY + 1} threads" in done.stderr
         assert Snapshot.of(target.pid) == before
         assert target.ask("feature 3") == str(feature(3))
+
+
+def test_memory_that_the_kernel_shows_as_one_with_the_handler_and_its_table(program: Start, dynacut: Dynacut) -> None:
+    """The program maps it next to them, of the same kind."""
+    target = program("neighbour")
+    live = ("live", "--pid", target.pid)
+    dynacut.json(*live, "--disable", "feature", "--on-hit", "return=-1", "--as", "f")
+    with Process(target.pid) as process:
+        found = find_region(process)
+        assert found is not None
+        before = len(process.mappings)
+        assert target.ask(f"below {found.region.code}") == "ok"
+        assert target.ask(f"above {found.region.table + found.region.table_size}") == "ok"
+        process.refresh()
+        assert len(process.mappings) == before
+    assert [each["state"] for each in dynacut.json(*live)["features"]] == ["disabled"]
+    dynacut.json(*live, "--enable", "f")
+    assert target.ask("feature 3") == str(feature(3))
+    dynacut.json(*live, "--disable", "f")
+    assert target.ask("feature 3") == str(DENIED)
+    dynacut.json(*live, "--undo")
+    assert target.ask("feature 3") == str(feature(3))
