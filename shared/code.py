@@ -131,10 +131,10 @@ class CodeOf:
         """known: where to look for what is known of a file, and to leave what is found out."""
         self.target = target
         known = known or KnownFiles()
-        self._codes = {module.path: Code(module, known) for module in target.modules}
+        self._codes = {module.base: Code(module, known) for module in target.modules}
         parts = sorted(
             (
-                (mapping.start, mapping.end, self._codes[module.path])
+                (mapping.start, mapping.end, self._codes[module.base])
                 for module in target.modules
                 for mapping in module.mappings
             ),
@@ -148,7 +148,7 @@ class CodeOf:
 
     def of(self, module: Module) -> Code:
         """The code of a module."""
-        return self._codes[module.path]
+        return self._codes[module.base]
 
     def containing(self, address: int) -> Code | None:
         """The code that an absolute address lies in."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from dynacut.shared.target import Mapping, Module
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 
 
 def modules_of(
@@ -15,7 +18,7 @@ def modules_of(
     root: Path,
     file_of: Callable[[Mapping, str], Path],
 ) -> tuple[Module, ...]:
-    """Every ELF file that is mapped with code, the executable first.
+    """Every ELF file that is mapped with code, once for each time that it is, the executable first.
 
     exe: the path of the executable. aliases: what it was called by, argv[0] before comm; one that exists beside the
     executable names it: Debian's redis-server is a link to redis-check-rdb. root: the root of the target's file system.
@@ -26,9 +29,8 @@ def modules_of(
         if mapping.is_file:
             by_path.setdefault(mapping.path, []).append(mapping)
     modules = []
-    for path, parts in by_path.items():
-        if not any(part.executable for part in parts):
-            continue
+    loads = [(path, parts) for path, together in by_path.items() for parts in _loads(together, path, file_of)]
+    for path, parts in loads:
         plain_path = path.removesuffix(" (deleted)")
         is_executable = plain_path == exe
         file_name = Path(plain_path).name
@@ -52,6 +54,33 @@ def modules_of(
         )
     modules.sort(key=lambda module: (not module.is_executable, module.base))
     return tuple(modules)
+
+
+def _loads(parts: list[Mapping], path: str, file_of: Callable[[Mapping, str], Path]) -> Iterator[list[Mapping]]:
+    """The mappings of a file, ascending, apart for each time that it was loaded with code.
+
+    It may be loaded more than once, by dlmopen(3) for one, or a program may have mapped it to read it.
+    """
+    if not any(part.executable for part in parts):
+        return
+    spans = {(parts[0].start, parts[-1].end)}
+    if any(part.file_offset <= parts[0].file_offset for part in parts[1:]):  # else it was mapped once
+        with suppress(DynacutError):
+            elf = ElfFile.open(file_of(parts[0], path.removesuffix(" (deleted)")))
+            spans = {span for part in parts if part.executable and (span := _span(elf, part))} or spans
+    for start, end in sorted(spans):
+        yield [part for part in parts if start <= part.start and part.end <= end]
+
+
+def _span(elf: ElfFile, code: Mapping) -> tuple[int, int] | None:
+    """From the first to the last address of a module that was loaded with a mapping of its code; None if with none."""
+    for segment in elf.segments:
+        first = segment.file_offset & -PAGE_SIZE
+        if segment.executable and first <= code.file_offset < segment.file_offset + segment.file_size:
+            base = code.start - (code.file_offset - first) - (segment.offset & -PAGE_SIZE)
+            last = elf.segments[-1]
+            return base, base + (-(-(last.offset + last.memory_size) // PAGE_SIZE) * PAGE_SIZE)
+    return None
 
 
 def _exists(path: Path) -> bool:

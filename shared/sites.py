@@ -21,6 +21,8 @@ _PLACE = re.compile(r"(?:(?P<module>[^!]+)!)?(?P<name>[^!]+?)(?:\+(?P<offset>0x[
 _MAX_LENGTH = 4096
 
 
+_TWINS = "give the site by its address in the one that is meant: 0xADDRESS"
+
 Ask = Callable[[str, Sequence[Module]], Sequence[int]]
 """Who knows more names: from that of a function, or FILE:LINE, and the modules to look in, to absolute addresses."""
 
@@ -104,7 +106,9 @@ class Locator:
         if not codes:
             known = ", ".join(module.name for module in self._codes.target.modules)
             raise DynacutError(f"{site}: {self._codes.target.label} has no module {name!r}", f"it has {known}")
-        paths = ", ".join(code.module.path for code in codes)
+        paths = ", ".join(f"{code.module.path} at {code.module.base:#x}" for code in codes)
+        if len({code.module.path for code in codes}) < len(codes):
+            raise DynacutError(f"{site}: {name!r} is loaded more than once: {paths}", _TWINS)
         raise DynacutError(f"{site}: several modules are called {name!r}: {paths}", "use the whole file name")
 
     def _by_build_id(self, name: str, planned: PlannedModule) -> Code:
@@ -117,6 +121,10 @@ class Locator:
             except DynacutError:
                 continue
             if build_id == planned.build_id:
+                twins = [one for one in codes if one.module.path == code.module.path and one.elf.build_id == build_id]
+                if len(twins) > 1:
+                    places = ", ".join(f"{one.module.base:#x}" for one in twins)
+                    raise DynacutError(f"module {name}: {code.module.path} is loaded more than once: {places}", _TWINS)
                 return code
             if likely is None and (name in code.module.names or code.module.path == planned.path):
                 likely = f"{code.module.path} there has {build_id or 'none'}"
@@ -140,7 +148,7 @@ class Locator:
         if len(found) == 1:
             return found[0]
         if found:
-            raise DynacutError(f"{site}: ambiguous: {', '.join(map(str, found))}", "use one of these, or module!symbol")
+            raise DynacutError(f"{site}: ambiguous: {_listed(found)}", "use one of these, or module!symbol")
         near: list[str] = []
         for code in [within] if within else list(self._codes)[:1]:
             near += code.symbols.near(name)
@@ -170,7 +178,7 @@ class Locator:
         if len(found) == 1:
             return found[0]
         if found:
-            raise DynacutError(f"{site}: ambiguous: {', '.join(map(str, found))}", "use one of these")
+            raise DynacutError(f"{site}: ambiguous: {_listed(found)}", "use one of these")
         if not with_lines:
             raise DynacutError(
                 f"{site}: no module of {self._codes.target.label} has line information",
@@ -190,6 +198,12 @@ class Locator:
             if code is not None and _is_code(code, address - code.module.base):
                 found.append(Place(code, address - code.module.base + offset))
         return found
+
+
+def _listed(places: Sequence[Place]) -> str:
+    """Places to choose from, by their addresses where a module that is loaded more than once makes them look alike."""
+    names = [str(place) for place in places]
+    return ", ".join(names if len(set(names)) == len(names) else [f"{place.address:#x}" for place in places])
 
 
 def _is_code(code: Code, offset: int) -> bool:

@@ -165,7 +165,8 @@ def test_pages_by_the_billion_that_are_nowhere(tmp_path: Path, built_image: Buil
 def test_a_sparse_pages_file_of_a_terabyte(tmp_path: Path, built_image: BuiltImage) -> None:
     """It holds what its pagemap says, so it is read where it is looked at, but not page by page."""
     root = built_image.processes[0]
-    root.vmas.insert(0, vma(PAGE_SIZE * 16, (1 << 46) // PAGE_SIZE - 16, 5, 2, 0x40, shmid=1))
+    built_image.mapped[9] = Path(shutil.copy(built_image.mapped[1], tmp_path / "huge"))
+    root.vmas.insert(0, vma(PAGE_SIZE * 16, (1 << 46) // PAGE_SIZE - 16, 5, 2, 0x40, shmid=9))
     image = built_image.write(tmp_path / "folder" / "image")
     pages = image / "pages-1.img"
     try:
