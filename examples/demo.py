@@ -51,7 +51,7 @@ class Screen:
     def output(self, text: str) -> None:
         """What a command printed."""
         for line in text.rstrip().splitlines():
-            print(f"  {self._paint('2', '|')} {line}")
+            print(f"  {self._paint('2', '|')} {line.expandtabs(12)}")
         sys.stdout.flush()
 
     def good(self, text: str) -> None:
