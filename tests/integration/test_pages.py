@@ -1,25 +1,38 @@
-"""Scope page: redis without its sentinel, whose code is not only int3 bytes then but gone."""
+"""Scope page: code that is not only int3 bytes then but gone. redis without its sentinel; nginx and lighttpd without
+pages that no later phase has executed anything of."""
 
 from __future__ import annotations
 
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
 from dynacut.shared.binary.block_cache import cached_block_map
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.binary.symbols import symbols
+from dynacut.shared.coverage.drcov import read_union
+from dynacut.shared.coverage.startup import startup_code, startup_plan
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedFeature, PlannedModule, PlannedSite, Scope
 from dynacut.shared.plan_file import dumps
 from dynacut.shared.proc import read_mappings
-from dynacut.shared.region import find_region
 
+from .checkpoints import the_criu
 from .conftest import Dynacut
-from .servers import Redis
+from .http_workload import reload
+from .recordings import Recording, record, work
+from .servers import HttpServer, Nginx, Redis
 from .test_live_redis import EXECUTABLE, benchmark
-from .test_offline import checkpointed, table_of
+from .test_offline import checkpointed, end, table_of, tree_of
+from .trims import ended
 from .untouched import Snapshot
+
+_MOST_BLOCKS = 8_000  # in a plan: more take their time
 
 
 def sentinel_plan(path: Path, on_hit: str = "terminate") -> Path:
@@ -34,9 +47,28 @@ def sentinel_plan(path: Path, on_hit: str = "terminate") -> Path:
     return path
 
 
+def cold_plan(recording: Recording, path: Path) -> Path:
+    """What start-up executed, and what never ran, on pages that no later phase has executed anything of."""
+    init, later = (read_union(logs, print) for logs in ([recording.init], [recording.serving, recording.end]))
+    (part,) = startup_code(init, [later])
+    warm = {page for offset, size in part.later.items() for page in (offset // 4096, (offset + size - 1) // 4096)}
+    text = part.code.elf.section(".text")
+    assert text is not None
+    start = text.address - part.code.elf.link_base
+    blocks = [
+        block
+        for block in part.code.blocks.blocks_in(start, start + text.size)
+        if not warm & {block.start // 4096, (block.end - 1) // 4096}
+    ]
+    cold = replace(part, init={block.start: block.size for block in blocks[-_MOST_BLOCKS:]})
+    path.write_text(dumps(startup_plan([cold], OnHit.parse("terminate"), Scope.PAGE)))
+    return path
+
+
 def text_pages(pid: int) -> int:
     """How many pages of the executable's code are mapped."""
-    return sum(part.size // 4096 for part in read_mappings(pid) if part.executable and part.path == str(EXECUTABLE))
+    executable = str(Path(f"/proc/{pid}/exe").readlink())
+    return sum(part.size // 4096 for part in read_mappings(pid) if part.executable and part.path == executable)
 
 
 def test_pages_go_and_come_back_under_load(redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:
@@ -87,17 +119,7 @@ def test_pages_are_unmapped_in_an_image_as_live(redis: Redis, dynacut: Dynacut, 
     gone = report["features"][0]["unmapped_pages"]
     pages = text_pages(redis.pid)
     dynacut.json("live", "--pid", redis.pid, "--plan", plan)
-    with Image(tmp_path / "layer") as rewritten, Process(redis.pid) as live:
-        (offline,) = rewritten.processes
-        ours = [part for part in offline.mappings if part.executable and part.is_file]
-        theirs = [part for part in live.mappings if part.executable and part.is_file]
-        assert [(part.start, part.end, part.file_offset) for part in ours] == [
-            (part.start, part.end, part.file_offset) for part in theirs
-        ]
-        for part in ours:
-            assert offline.read(part.start, part.size) == live.read(part.start, part.size)
-        assert table_of(offline) == table_of(live)
-        assert find_region(offline) is not None
+    assert_the_same(tmp_path / "layer", [redis.pid])
     dynacut.json("live", "--pid", redis.pid, "--undo")
 
     checkpointed(redis, dynacut, tmp_path / "second")
@@ -110,6 +132,62 @@ def test_pages_are_unmapped_in_an_image_as_live(redis: Redis, dynacut: Dynacut, 
         dynacut.json("live", "--pid", redis.pid, "--undo")
         assert text_pages(redis.pid) == pages
         assert client.command("GET", "key") == "x"
+
+
+def assert_the_same(image: Path, pids: list[int]) -> None:
+    """An image's processes and those that run have the same code mapped at the same places, and the same table."""
+    with Image(image) as rewritten:
+        assert sorted(process.pid for process in rewritten.processes) == sorted(pids)
+        for offline in rewritten.processes:
+            with Process(offline.pid) as live:
+                ours, theirs = (
+                    [part for part in of.mappings if part.executable and part.is_file] for of in (offline, live)
+                )
+                assert [(part.start, part.end, part.file_offset) for part in ours] == [
+                    (part.start, part.end, part.file_offset) for part in theirs
+                ]
+                for part in ours:
+                    assert offline.read(part.start, part.size) == live.read(part.start, part.size)
+                assert table_of(offline) == table_of(live)
+
+
+@pytest.mark.parametrize(("name", "end_by"), [("nginx", signal.SIGQUIT), ("lighttpd", signal.SIGINT)])
+def test_cold_pages_of_a_web_server_go_both_ways(
+    name: str, end_by: signal.Signals, request: pytest.FixtureRequest, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    """For good, in all processes: the whole workload passes, nginx reloads, and both end gracefully."""
+    the_criu()
+    server: HttpServer = request.getfixturevalue(name)
+    has_workers = isinstance(server, Nginx)
+    expected, pages = work(server), text_pages(server.pid)
+    plan = cold_plan(record(type(server), tmp_path, reloaded=has_workers, end=end_by), tmp_path / "plan.toml")
+    tree, image = ("live", "--tree", "--pid", server.pid), tmp_path / "image"
+    dynacut.json("checkpoint", "--pid", server.pid, image, "--leave-running")
+    dynacut.json("offline", image, "--standing", "-o", tmp_path / "offline.drcov")
+    dynacut.json(*tree, "--standing", "-o", tmp_path / "live.drcov")
+    dynacut.json("plan", "--plan", plan, "--keep", tmp_path / "live.drcov", tmp_path / "offline.drcov")
+    report = dynacut.json("offline", image, "--plan", plan, "-o", tmp_path / "layer")
+    gone = report["features"][0]["unmapped_pages"]
+    assert gone >= 4
+    dynacut.json(*tree, "--plan", plan)
+    assert_the_same(tmp_path / "layer", tree_of(server))
+
+    def assert_it_works() -> None:
+        assert [text_pages(pid) for pid in tree_of(server)] == [pages - gone] * len(tree_of(server))
+        assert [work(server), work(server)] == [expected] * 2
+        if has_workers:
+            reload(server.pid)
+            assert work(server) == expected
+        assert dynacut.json(*tree)["features"][0]["hits"] == 0
+
+    assert_it_works()
+    dynacut.json(*tree, "--undo")
+    assert [text_pages(pid) for pid in tree_of(server)] == [pages] * len(tree_of(server))
+    end(tree_of(server))
+    dynacut.json("restore", tmp_path / "layer")
+    assert_it_works()
+    os.kill(server.pid, end_by)
+    assert ended(server.pid) == 0
 
 
 def test_learning_by_pages_is_refused(redis: Redis, dynacut: Dynacut, tmp_path: Path) -> None:
