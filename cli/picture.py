@@ -234,7 +234,7 @@ def page_of(
     """Return the page: one document that loads nothing and runs no script but its own.
 
     tables: columns and rows of those to stand above the pictures. title: what the page is headed. summary: paragraphs
-    below that.
+    below that; what is between two backticks is code.
     """
     import base64
     import hashlib

@@ -39,7 +39,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     modules = outcome.module_reports(parts, plan, learned, standing, gadgets)
     noted = {name: trim.instance.state.details(name) or {} for name in steps}
     rounds = outcome.rounds_of(noted)
-    summary = outcome.summary_of(modules, rounds, OnHit.parse(trim.on_hit), last["pid"])
+    summary = outcome.summary_of(modules, noted, OnHit.parse(trim.on_hit), last["pid"])
     tables = [
         {"columns": outcome.CODE_COLUMNS, "rows": outcome.code_rows(modules)},
         {"columns": outcome.CHANGE_COLUMNS, "rows": outcome.change_rows(modules, last)},

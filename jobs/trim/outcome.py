@@ -113,7 +113,7 @@ def _of_startup(part: StartupCode, coverage: Coverage) -> Amount:
 
 CODE_COLUMNS = ("code", "module", "blocks", "bytes")
 CHANGE_COLUMNS = ("", "module", "before", "after")
-ROUND_COLUMNS = ("how sure it is", "passes", "seconds", "last new block after", "new at its end")
+ROUND_COLUMNS = ("how sure it is", "passes", "seconds", "last new block after", "then nothing for")
 
 
 def code_rows(modules: Sequence[ModuleReport]) -> list[list[str]]:
@@ -165,14 +165,14 @@ def round_rows(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{each['passes']:,}",
             f"{each['seconds']:,.0f}",
             f"{each['last_new_seconds']:,.0f} s" if each["blocks"] else "none came",
-            "no" if each["quiet"] else "yes",
+            f"{each['seconds'] - each['last_new_seconds']:,.0f} s",
         ]
         for each in rounds
     ]
 
 
 def summary_of(
-    modules: Sequence[ModuleReport], rounds: Sequence[Mapping[str, Any]], on_hit: OnHit, pid: int
+    modules: Sequence[ModuleReport], steps: Mapping[str, Mapping[str, Any]], on_hit: OnHit, pid: int
 ) -> list[str]:
     """What was achieved, what a hit does now, and what speaks for or against it: a paragraph each."""
     startup, removed = (sum(getattr(each, name).blocks for each in modules) for name in ("startup", "removed"))
@@ -183,12 +183,16 @@ def summary_of(
         lines.append(f"Blocks that are needed after all put themselves back, and {listing}.")
     else:
         lines.append("A removed block that is needed after all does not come back: what no round reached is not known.")
-    learning = rounds[-1]
+    learning = rounds_of(steps)[-1]
     if not learning["quiet"]:
         lines.append("Blocks still came as the learn round ended: more are to come.")
     elif learning["blocks"]:
         last, end = learning["last_new_seconds"], learning["seconds"]
         lines.append(
             f"{learning['blocks']:,} blocks had to come back, the last {last:.0f} s into the {end:.0f} s of learning."
+        )
+    if "checkpoint" in steps:
+        lines.append(
+            "Resident memory is smaller after any restore: pages of files are mapped anew only as they are used."
         )
     return lines

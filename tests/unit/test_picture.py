@@ -240,6 +240,13 @@ def test_the_page_says_what_the_picture_says(program: Path) -> None:
     ]
 
 
+def test_a_summary_stands_above_the_pictures_with_its_commands_as_code(program: Path) -> None:
+    page = Page(page_of(two_phases(program), summary=["All is well.", "Ask `dynacut live <b>` for it."]))
+    assert {"class": "summary"} in [attributes for tag, attributes in page.elements if tag == "p"]
+    assert ("code", "dynacut live <b>") in page.texts
+    assert not [tag for tag, _ in page.elements if tag == "b"]
+
+
 def test_names_from_a_log_can_do_nothing_on_the_page() -> None:
     text = page_of(picture_of([phase("<b>&x", HOSTILE, {0x1000: 5})]))
     page = Page(text)

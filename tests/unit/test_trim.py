@@ -181,7 +181,7 @@ TRACED = {"passes": 1200, "seconds": 20.2, "blocks": 5, "last_new_seconds": 7.4,
 def test_a_report_says_how_sure_it_is() -> None:
     rounds = rounds_of({"trace": {"rounds": [TRACED]}, "plan": {}, "live": {"round": QUIET}})
     assert [each["round"] for each in rounds] == ["trace", "learn"]
-    assert round_rows(rounds) == [["traced", "1,200", "20", "7 s", "yes"], ["learned", "3", "20", "none came", "no"]]
+    assert round_rows(rounds) == [["traced", "1,200", "20", "7 s", "13 s"], ["learned", "3", "20", "none came", "20 s"]]
     assert {len(row) for row in round_rows(rounds)} == {len(ROUND_COLUMNS)}
 
 
@@ -198,8 +198,8 @@ def test_the_summary_says_what_a_hit_does_and_what_speaks_against_it(
     on_hit: str, learning: dict[str, Any], says: str
 ) -> None:
     reports = module_reports([startup()], final_plan(0x10, 0x20), Coverage(()), Coverage(()), {})
-    lines = summary_of(
-        reports, rounds_of({"trace": {"rounds": []}, "learn": {"round": learning}}), OnHit.parse(on_hit), 7
-    )
+    steps: dict[str, dict[str, Any]] = {"trace": {"rounds": []}, "checkpoint": {}, "learn": {"round": learning}}
+    lines = summary_of(reports, steps, OnHit.parse(on_hit), 7)
     assert lines[0] == "2 of 3 basic blocks that only start-up executes are removed (66.7%)."
     assert any(says in line for line in lines)
+    assert lines[-1].startswith("Resident memory is smaller after any restore")
