@@ -251,12 +251,8 @@ class _FlatWriter(_Writer):
 
     def _copy(self, source: int, name: str) -> None:
         output = self._create(name)
-        offset = 0
         try:
-            size = os.fstat(source).st_size
-            while size > offset and (count := copy_range(source, output, offset, size - offset)):
-                offset += count
-            self._written.bytes_written += offset
+            self._written.bytes_written += copy_range(source, output, 0, os.fstat(source).st_size)
         finally:
             os.close(output)
 

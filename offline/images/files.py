@@ -18,6 +18,7 @@ from types import TracebackType
 from google.protobuf.message import DecodeError
 
 from dynacut.offline.images.schema import Message
+from dynacut.offline.images.wire import has_more_fields
 from dynacut.shared.errors import DynacutError
 
 IMAGE_MAGIC = 0x54564319
@@ -26,6 +27,10 @@ MAX_METADATA_SIZE = 256 << 20
 MAX_PARENTS = 64
 MAX_MESSAGES = 1 << 20
 """In one file, pagemaps apart; far more than a process tree has open files."""
+_MAX_FIELDS = 1 << 19
+"""In one message; more than a process has mappings (vm.max_map_count is 65,530, for databases 262,144)."""
+_SMALL = 1 << 20
+"""Bytes of a message that cannot cost much memory, whatever it holds."""
 _WORD = struct.Struct("<I")
 _ADVICE = "check that the directory holds a complete image of `criu dump`, or make a new one by `dynacut checkpoint`"
 
@@ -162,11 +167,16 @@ class ImageFolder:
         every = list(self.messages(name, magic))  # so that too many are noticed before they are decoded
         return [self.decode(name, kind, data) for data in every]
 
-    def parse_one(self, name: str, magic: int, kind: Message) -> Message:
-        """The message of an image file that has just one."""
+    def parse_one(self, name: str, magic: int, kind: Message, within: int | None = None) -> Message:
+        """The message of an image file that has just one. within: the field of a message in it, counted like it."""
         data = list(self.messages(name, magic, 1))
         if not data:
             raise self.broken(name, "there is no message in it")
+        try:
+            if len(data[0]) > _SMALL and has_more_fields(data[0], _MAX_FIELDS, within):
+                raise self.broken(name, f"a message with more than {_MAX_FIELDS} fields")
+        except ValueError:
+            raise self._not_decoded(name) from None
         return self.decode(name, kind, data[0])
 
     def decode(self, name: str, kind: Message, data: bytes) -> Message:
@@ -178,7 +188,10 @@ class ImageFolder:
         try:
             return kind.FromString(data)
         except (DecodeError, ValueError):
-            raise self.broken(name, "a message in it cannot be decoded") from None
+            raise self._not_decoded(name) from None
+
+    def _not_decoded(self, name: str) -> DynacutError:
+        return self.broken(name, "a message in it cannot be decoded")
 
     def parent(self) -> ImageFolder | None:
         """The directory that pages marked as its parent's are in; None if there is none.
@@ -223,13 +236,40 @@ def framed(message: Message | bytes) -> bytes:
 
 
 def copy_range(source: int, output: int, offset: int, size: int) -> int:
-    """Copies part of a file to the end of another one, sharing the storage where the file system can.
+    """Copies part of a file to where another one is being written, sharing the storage where the file system can.
 
-    source, output: descriptors. Returns the number of bytes, as few as a system call copies; 0 at the file's end.
+    source, output: descriptors. What has never been written to stays so (SEEK_DATA in lseek(2)). Returns the number of
+    bytes; fewer at the file's end.
 
     Raises:
         OSError: the output cannot be written, or the source not read.
     """
+    done = 0
+    while done < size:
+        start, stop = _data(source, offset + done, offset + size)
+        if start > offset + done:
+            os.ftruncate(output, os.lseek(output, start - offset - done, os.SEEK_CUR))
+            done = start - offset
+        elif count := _copy_some(source, output, start, stop - start):
+            done += count
+        else:
+            break
+    return done
+
+
+def _data(source: int, start: int, end: int) -> tuple[int, int]:
+    """The first run of bytes in a part of a file that was written to; empty at the end if none was."""
+    size = os.fstat(source).st_size
+    try:
+        first = os.lseek(source, start, os.SEEK_DATA)
+        return min(first, end), min(os.lseek(source, first, os.SEEK_HOLE), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return min(max(start, size), end), end  # nothing but a hole up to the file's end
+
+
+def _copy_some(source: int, output: int, offset: int, size: int) -> int:
     try:
         return os.copy_file_range(source, output, size, offset)
     except OSError as error:

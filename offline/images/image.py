@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,11 @@ from dynacut.offline.images.tree import is_zombie, read_tree
 from dynacut.shared.errors import DynacutError
 
 _FILES_MAGIC, _MEMFD_MAGIC = 0x56303138, 0x48453499
+_FILES_EACH = 4
+"""Open at once for a process: its pages, the programs it runs; besides, for each parent the directory and its pages."""
+_SPARE_FILES = 128
+_MAX_BUILD_ID = 16
+"""In words of four bytes; linkers write five at most."""
 
 
 class Image:
@@ -41,7 +47,9 @@ class Image:
                 )
             self.depth = _checked_depth(self.folder)
             files = self._files()
-            for task in read_tree(self.folder):
+            tree = read_tree(self.folder)
+            _make_room(len(tree) * (_FILES_EACH + 2 * self.depth))
+            for task in tree:
                 if not is_zombie(self.folder, task):  # which has nothing to patch
                     self.processes.append(ImageProcess(self.folder, task.pid, task.tids, files.get, root))
             if not self.processes:
@@ -65,13 +73,17 @@ class Image:
         self.folder.close()
 
     def _files(self) -> dict[int, ImageFile]:
-        files = {}
+        files: dict[int, ImageFile] = {}
         memfds = self._memfds()
         for entry in self.folder.parse("files.img", _FILES_MAGIC, FileEntry):
+            if entry.id in files:  # CRIU would perhaps take the other one
+                raise self.folder.broken("files.img", f"two files have the number {entry.id}")
             if entry.HasField("reg"):
                 name = bytes(entry.reg.name)
                 if b"\0" in name:
                     raise self.folder.broken("files.img", "a file's name has a null byte")
+                if len(entry.reg.build_id) > _MAX_BUILD_ID:
+                    raise self.folder.broken("files.img", "a file's build-id is too long")
                 words = b"".join(int(word).to_bytes(4, "little") for word in entry.reg.build_id)
                 path = name.decode(errors="surrogateescape")
                 files[int(entry.id)] = ImageFile(path, int(entry.reg.size), words)
@@ -88,6 +100,16 @@ class Image:
             int(entry.inode_id): ImageFile(f"/memfd:{os.fsdecode(bytes(entry.name))}", 0, b"", int(entry.shmid))
             for entry in entries
         }
+
+
+def _make_room(files: int) -> None:
+    """Lets this process have so many files open: 1,024 would do for a tree of some hundred processes only."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def _checked_depth(folder: ImageFolder) -> int:

@@ -213,12 +213,9 @@ class Pages:
                 self.parent.copy_to(output, part)
             return
         assert self._file is not None
-        offset, left = extent.offset, extent.end - extent.start
-        while left:
-            count = copy_range(self._file, output, offset, left)
-            if count == 0:
-                raise self.folder.broken(self.pages_name, "it is cut off")
-            offset, left = offset + count, left - count
+        size = extent.end - extent.start
+        if copy_range(self._file, output, extent.offset, size) < size:
+            raise self.folder.broken(self.pages_name, "it is cut off")
 
     def with_extents(self, extents: list[Extent], pages_id: int) -> bytes:
         """The pagemap file of that pages file with other extents; entries that stay as they are keep their bytes.

@@ -11,8 +11,8 @@ from dynacut.handlers.table import KernelAction
 from dynacut.offline.images.files import ImageFolder, packed
 from dynacut.offline.images.memory import ImageFile, Memory, open_mapped, read_vma
 from dynacut.offline.images.pages import Pages
-from dynacut.offline.images.schema import CoreEntry, Message, MmEntry
-from dynacut.offline.images.tree import CORE_MAGIC
+from dynacut.offline.images.schema import Message, MmEntry
+from dynacut.offline.images.tree import CORE_MAGIC, read_core
 from dynacut.shared.apply import Area
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
@@ -109,7 +109,7 @@ class ImageProcess:
 
     def _core(self, tid: int) -> Message:
         name = f"core-{tid}.img"
-        core = self._folder.parse_one(name, CORE_MAGIC, CoreEntry)
+        core = read_core(self._folder, tid)
         if core.mtype != _X86_64 or not core.HasField("thread_info"):
             raise self._folder.broken(name, "not of an x86-64 thread")
         return core

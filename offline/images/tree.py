@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynacut.offline.images.files import ImageFolder
-from dynacut.offline.images.schema import CoreEntry, PstreeEntry
+from dynacut.offline.images.schema import CoreEntry, Message, PstreeEntry
 
 CORE_MAGIC = 0x55053847
 _PSTREE_MAGIC = 0x50273030
 _MAX_PID = 1 << 22
 _MAX_TASKS = 1 << 16
+_TC = CoreEntry.DESCRIPTOR.fields_by_name["tc"].number
 _DEAD = 2
 """The state of a zombie, CRIU's compel/include/uapi/task-state.h."""
 
@@ -38,6 +39,8 @@ def read_tree(folder: ImageFolder) -> list[Task]:
     seen: set[int] = set()
     for entry in folder.parse("pstree.img", _PSTREE_MAGIC, PstreeEntry):
         pid = int(entry.pid)
+        if len(entry.threads) > _MAX_TASKS:
+            raise folder.broken("pstree.img", f"more than {_MAX_TASKS} tasks")
         tids = (pid, *map(int, entry.threads[1:]))
         if tree and entry.ppid not in pids:
             raise folder.broken("pstree.img", f"process {pid} is the child of {entry.ppid}, which is not there")
@@ -59,5 +62,13 @@ def is_zombie(folder: ImageFolder, task: Task) -> bool:
     Raises:
         DynacutError: its core image is missing or malformed.
     """
-    core = folder.parse_one(f"core-{task.pid}.img", CORE_MAGIC, CoreEntry)
-    return bool(core.tc.task_state == _DEAD)
+    return bool(read_core(folder, task.pid).tc.task_state == _DEAD)
+
+
+def read_core(folder: ImageFolder, tid: int) -> Message:
+    """What is kept of a thread alone.
+
+    Raises:
+        DynacutError: the image file is missing or malformed.
+    """
+    return folder.parse_one(f"core-{tid}.img", CORE_MAGIC, CoreEntry, within=_TC)

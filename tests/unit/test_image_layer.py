@@ -15,6 +15,7 @@ from image_builder import (
     BLOCKING_TID,
     CHILD_PID,
     HEAP,
+    HEAP_PAGES,
     ROOT_PID,
     STACK,
     STACK_PAGES,
@@ -127,6 +128,39 @@ def test_a_flat_copy_needs_no_parent_and_shares_no_file(tmp_path: Path) -> None:
         if other.name != "flat":
             shutil.rmtree(other)
     assert reopened(tmp_path / "flat") == expected
+
+
+def test_a_copy_of_what_was_never_written_to_takes_no_room(tmp_path: Path) -> None:
+    image = original(tmp_path)
+    data = b"head".ljust(1 << 16, b"-")
+    (image / "tmpfs-dev-1.img").write_bytes(data)
+    pages = image / "pages-1.img"
+    hole = bytearray(pages.read_bytes())
+    hole[4 * PAGE_SIZE : 9 * PAGE_SIZE] = bytes(5 * PAGE_SIZE)
+    with pages.open("wb") as file:
+        file.write(hole[: 4 * PAGE_SIZE])
+        file.seek(9 * PAGE_SIZE)
+        file.write(hole[9 * PAGE_SIZE :])
+    try:
+        for name in ("tmpfs-dev-1.img", "ghost-file-1.img"):
+            with (image / name).open("ab") as file:
+                file.truncate(1 << 40)
+    except OSError:
+        pytest.skip("this file system has no files of a terabyte")
+    with Image(image) as opened:
+        before = everything(opened)
+        opened.processes[0].write(HEAP, b"new")
+        changed = write_image(opened, tmp_path / "copy", flat=True, extra={}).path
+    for name in ("tmpfs-dev-1.img", "ghost-file-1.img"):
+        status = (changed / name).stat()
+        assert status.st_size == 1 << 40
+        assert status.st_blocks * 512 < 1 << 20
+    with (changed / "tmpfs-dev-1.img").open("rb") as file:
+        assert file.read(len(data) + 1) == data + b"\0"
+    with Image(changed) as opened:
+        assert opened.processes[0].read(HEAP, 3) == b"new"
+        opened.processes[0].write(HEAP, before[0][0][HEAP, HEAP + HEAP_PAGES * PAGE_SIZE][:3])
+        assert everything(opened) == before
 
 
 @ORIGINALS

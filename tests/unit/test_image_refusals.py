@@ -31,6 +31,7 @@ from test_sites import BASE
 from dynacut.offline.change import look
 from dynacut.offline.images.files import MAX_MESSAGES, packed
 from dynacut.offline.images.image import Image
+from dynacut.offline.images.process import MM_MAGIC
 from dynacut.offline.images.schema import FileEntry, Message, PstreeEntry
 from dynacut.offline.images.tree import CORE_MAGIC
 from dynacut.offline.layer import write_image
@@ -129,6 +130,37 @@ def test_millions_of_messages(image: Path, magic: int) -> None:
     (image / name).write_bytes(packed(magic, []) + bytes(4) * 3_000_000)
     problem = refused(image)
     assert f"more than {MAX_MESSAGES}" in problem or "not possible" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "magic", "what", "why"),
+    [
+        (MM, MM_MAGIC, b"\x72\0", "more than 524288 fields"),  # VMAs
+        (CORE, CORE_MAGIC, b"\x1a\0", "more than 524288 fields"),
+        (CORE, CORE_MAGIC, b"\x0b\x0c", "cannot be decoded"),  # groups
+        ("pstree.img", PSTREE_MAGIC, b"\x28\x05", "more than 65536 tasks"),
+        ("files.img", FILES_MAGIC, b"\x1a\x02\x58\x01", "build-id is too long"),
+    ],
+)
+def test_a_message_of_millions_of_fields(image: Path, name: str, magic: int, what: bytes, why: str) -> None:
+    """Each of two bytes, of which decoding makes a hundred."""
+    (image / name).write_bytes(packed(magic, [what * 20_000_000]))
+    assert why in refused(image)
+
+
+def test_a_thread_with_millions_of_signal_actions(image: Path) -> None:
+    task = b"\x7a\0" * 20_000_000
+    size = b"\x80\xb4\x89\x13"
+    (image / CORE).write_bytes(packed(CORE_MAGIC, [b"\x1a" + size + task]))
+    assert "more than 524288 fields" in refused(image)
+
+
+def test_two_files_of_one_number(image: Path) -> None:
+    def repeat(messages: list[Message]) -> None:
+        messages.append(FileEntry(type=1, id=messages[0].id, reg={"id": messages[0].id, "name": b"/bin/true"}))
+
+    changed(image, "files.img", FILES_MAGIC, repeat, FileEntry)
+    assert "two files have the number 1" in refused(image)
 
 
 @pytest.mark.parametrize("name", [CORE, MM])

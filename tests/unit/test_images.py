@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from image_builder import (
     VDSO,
     BuiltImage,
     build_image,
+    build_process,
     memory_of,
     page_of,
     write_incremental,
@@ -118,3 +120,17 @@ def test_counts_of_older_images_are_read(image: Path) -> None:
         expected = memory_of(opened.processes[0])
     with Image(with_pagemap(image, older)) as opened:
         assert memory_of(opened.processes[0]) == expected
+
+
+def test_a_tree_of_more_processes_than_files_may_be_open(tmp_path: Path, built_image: BuiltImage) -> None:
+    count = 100
+    for index in range(count):
+        built_image.processes.append(build_process(CHILD_PID + 100 + 2 * index, ROOT_PID, 1, pages_id=100 + index))
+    image = built_image.write(tmp_path / "image")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        with Image(image) as opened:
+            assert len(opened.processes) == 2 + count
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
