@@ -82,7 +82,7 @@ def _trimmed(kind: type[Server], folder: Path) -> Iterator[tuple[tuple[int, int]
         try:
             yield (pid, port), report
         finally:
-            processes.end(reversed(processes.tree_of(pid)))
+            processes.end_tree(pid)
 
 
 def _workload(kind: type[Server], port: int) -> Sequence[str]:

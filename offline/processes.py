@@ -103,6 +103,21 @@ def end(pids: Iterable[int], timeout: float = 10.0) -> list[int]:
     return wait_until_gone({pid: began for pid, began in started.items() if began is not None}, timeout)
 
 
+def end_tree(pid: int) -> list[int]:
+    """Kills a process with all its descendants and reaps them; returns the pids that remain all the same.
+
+    All are stopped before the first is killed: a server would replace the worker it loses by one that nobody knows of.
+    A process that a stop is pending for forks no more (fork(2) is restarted), so a look that finds none new is the last.
+    """
+    stopped: dict[int, None] = {}
+    while new := [each for each in tree_of(pid) if each not in stopped]:
+        for each in new:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(each, signal.SIGSTOP)
+            stopped[each] = None
+    return end(stopped)
+
+
 def require_root(what: str) -> None:
     """Raises:
     DynacutError: this process is not root's.

@@ -182,4 +182,4 @@ def end(pid: int) -> None:
     """Kills a process with its descendants, and reaps them."""
     from dynacut.offline import processes
 
-    processes.end(reversed(processes.tree_of(pid)))
+    processes.end_tree(pid)

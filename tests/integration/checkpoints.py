@@ -80,7 +80,7 @@ def shell_job(*command: str | Path) -> Iterator[int]:
 def _end(pid: int) -> None:
     with suppress(OSError):
         if Path(f"/proc/{pid}").exists():
-            assert processes.end(reversed(processes.tree_of(pid))) == []
+            assert processes.end_tree(pid) == []
 
 
 def python_job(code: str) -> list[str]:

@@ -37,7 +37,7 @@ class Trims:
 
     def end(self) -> None:
         for pid in filter(is_running, self._pids):
-            assert processes.end(reversed(processes.tree_of(pid))) == []
+            assert processes.end_tree(pid) == []
 
 
 def ended(pid: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,7 +26,7 @@ from dynacut.jobs.trim.outcome import (
 )
 from dynacut.jobs.trim.service import Service
 from dynacut.jobs.trim.state import State
-from dynacut.offline.processes import start_time
+from dynacut.offline.processes import become_subreaper, end_tree, start_time
 from dynacut.shared.coverage.coverage import Coverage
 from dynacut.shared.coverage.startup import StartupCode
 from dynacut.shared.errors import DynacutError, ExitStatus
@@ -66,6 +68,29 @@ def test_only_the_instance_itself_is_ended_not_who_got_its_pid_later(tmp_path: P
         end_recorded(state)
         assert State(tmp_path / "trim", REQUEST).process is None
         child.wait(timeout=10)
+
+
+_MASTER = """
+import os, time
+while True:
+    worker = os.fork()
+    if not worker:
+        time.sleep(1000)
+    print(worker, flush=True)
+    os.wait()
+"""
+
+
+def test_a_master_that_replaces_its_workers_is_ended_with_all_of_them() -> None:
+    with subprocess.Popen([sys.executable, "-c", _MASTER], stdout=subprocess.PIPE, text=True) as master:
+        assert master.stdout is not None
+        first = int(master.stdout.readline())
+        os.kill(first, signal.SIGKILL)
+        second = int(master.stdout.readline())
+        become_subreaper()
+        assert end_tree(master.pid) == []
+        assert start_time(second) is None
+        assert master.stdout.read() == "", "no third one"
 
 
 def test_a_directory_serves_one_request(tmp_path: Path) -> None:
