@@ -107,7 +107,7 @@ def end_tree(pid: int) -> list[int]:
     """Kills a process with all its descendants and reaps them; returns the pids that remain all the same.
 
     All are stopped before the first is killed: a server would replace the worker it loses by one that nobody knows of.
-    A process that a stop is pending for forks no more (fork(2) is restarted), so a look that finds none new is the last.
+    A process forks no more while a stop is pending for it, so a look that finds none new is the last.
     """
     stopped: dict[int, None] = {}
     while new := [each for each in tree_of(pid) if each not in stopped]:

@@ -49,9 +49,10 @@ class Service:
         """Starts it as a daemon: in a session of its own, its output in the log; returns its pid when it is ready.
 
         Raises:
-            DynacutError: it cannot be executed, has ended, or is not ready in time; nothing of it is left.
+            DynacutError: its port is in use; it cannot be executed, has ended, or is not ready in time; nothing of it
+                is left.
         """
-        seen = self.log_size()
+        seen = self.before_start()
         log = (os.POSIX_SPAWN_OPEN, 1, str(self.output), _APPEND, 0o600)
         no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
         both = (os.POSIX_SPAWN_DUP2, 1, 2)
@@ -68,12 +69,21 @@ class Service:
             raise
         return pid
 
-    def log_size(self) -> int:
-        """How much the service has said so far, in bytes: readiness is looked for behind it."""
+    def before_start(self) -> int:
+        """How much the service has said so far, in bytes: readiness is looked for behind it.
+
+        Raises:
+            DynacutError: somebody listens on its port: it would seem to be ready at once, and another would be traced.
+        """
+        if self._is_listening():
+            raise DynacutError(
+                f"TCP port {self.ready_port} is in use already, so it cannot tell when the program is ready",
+                "end what listens there (`ss -ltnp` shows it), or give a port of the program's own",
+            )
         return self.output.stat().st_size if self.output.exists() else 0
 
     def await_ready(self, seen: int, lives: Callable[[], bool]) -> None:
-        """Returns when it is ready. seen: log_size() before it was started.
+        """Returns when it is ready. seen: what before_start() gave.
 
         Raises:
             DynacutError: it ended before, or was not ready in time.
@@ -96,15 +106,18 @@ class Service:
 
     def _is_ready(self, seen: int) -> bool:
         if self.ready_port is not None:
-            from dynacut.live.tracing.listening import is_listening
-
-            return is_listening(self.ready_port)
+            return self._is_listening()
         if self.ready_log is None or not self.output.exists():
             return self.ready_log is None
         with self.output.open("rb") as file:
             file.seek(seen)
             text = file.read().decode(errors="replace")
         return re.search(self.ready_log, text, re.MULTILINE) is not None
+
+    def _is_listening(self) -> bool:
+        from dynacut.live.tracing.listening import is_listening
+
+        return self.ready_port is not None and is_listening(self.ready_port)
 
     def work(self, pid: int) -> None:
         """Runs the workload, then the other serving phases, once.

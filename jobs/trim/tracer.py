@@ -59,7 +59,7 @@ class PhaseTracer:
         shutdown: the command that ends it; None: SIGTERM does.
 
         Raises:
-            DynacutError: it cannot be traced, a command fails, or it does not end.
+            DynacutError: its port is in use, it cannot be traced, a command fails, or it does not end.
         """
         from dynacut.live.admission import admit
         from dynacut.live.process import Process
@@ -67,7 +67,7 @@ class PhaseTracer:
         from dynacut.live.tracing.spawn import HeldProgram
         from dynacut.live.tracing.trace import Trace
 
-        seen = self.service.log_size()
+        seen = self.service.before_start()
         with ExitStack() as stack:
             held = stack.enter_context(HeldProgram(self.service.command, self.service.output))
             stack.callback(self.instance.end, held.pid)

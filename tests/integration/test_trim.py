@@ -403,3 +403,13 @@ def test_a_program_that_is_never_ready_is_named_and_ended(dynacut: Dynacut, tmp_
     assert gone.returncode == 1
     assert re.search("ended, or put itself in the background", gone.stderr)
     assert not [pid for pid in processes.tree_of(os.getpid()) if pid not in before and is_running(pid)]
+
+
+def test_a_port_of_somebody_else_does_not_tell_that_it_is_ready(dynacut: Dynacut, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        common = ("--workload", "true", "--ready-port", port)
+        done = dynacut("trim", "-o", tmp_path / "trim", *common, "--", "touch", tmp_path / "started")
+    assert done.returncode == 1
+    assert f"TCP port {port} is in use already" in done.stderr
+    assert not (tmp_path / "started").exists()
