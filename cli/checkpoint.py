@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.arguments import add_output_options, seconds
 from dynacut.cli.console import SCHEMA, print_json, warn
+from dynacut.cli.quantities import counted, shown
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import ExitStatus, printable
 
@@ -88,12 +89,12 @@ def _document(done: Checkpoint) -> dict[str, Any]:
 
 def _print(done: Checkpoint) -> None:
     others = len(done.pids) - 1
-    tree = f" with {others} descendant{'' if others == 1 else 's'}" if others else ""
+    tree = f" with {counted(others, 'descendant')}" if others else ""
     print(f"process {done.pid}{tree} ({printable(done.exe)}): dumped to {printable(str(done.directory))}")
     options = f", options {' '.join(done.options.arguments())}" if done.options.arguments() else ""
     print(
-        f"frozen for {done.frozen_us / 1000:.1f} ms, {done.dumped_bytes / 1e6:.1f} MB of memory dumped, "
-        f"{done.size_bytes / 1e6:.1f} MB on disk, {done.wall_ms:.0f} ms in all{options}"
+        f"frozen for {shown(done.frozen_us, 'us')}, {done.dumped_bytes / 1e6:.1f} MB of memory dumped, "
+        f"{done.size_bytes / 1e6:.1f} MB on disk, {shown(done.wall_ms, 'ms')} in all{options}"
     )
     if done.left_running:
         print("it runs on")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.checkpoint import add_criu_options
 from dynacut.cli.console import SCHEMA, print_error, print_json
+from dynacut.cli.quantities import shown
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     if arguments.json:
         print_json(_document(done))
     elif not arguments.quiet:
-        print(f"process {done.pid} ({printable(done.exe)}) runs again, {done.wall_ms:.0f} ms in all")
+        print(f"process {done.pid} ({printable(done.exe)}) runs again, {shown(done.wall_ms, 'ms')} in all")
     return status
 
 

@@ -53,8 +53,8 @@ def print_processes(processes: Sequence[Inspection], *, with_modules: bool) -> N
     modules = "" if with_modules else f", {counted(len(root.modules), 'module')} (-v lists them)"
     print(f"{which}: {printable(root.exe)}{modules}")
     if with_modules:
-        rows = [[each.name, f"{each.base:#x}", f"{each.end - each.base:,}", each.path] for each in root.modules]
-        print_table("modules", ["module", "base", "bytes", "path"], rows, right=frozenset({2}))
+        rows = [[each.name, f"{each.base:#x}", each.path] for each in root.modules]
+        print_table("modules", ["module", "base", "path"], rows)
     foreign = [
         [str(process.pid), each.at, str(each.size), each.original[:8].hex(" "), each.found[:8].hex(" ")]
         for process in processes

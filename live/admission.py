@@ -24,6 +24,7 @@ ASK_FILTERS = "use `dynacut live --check-seccomp`, which asks the filter first"
 """For admit(): where a filter may be asked."""
 ANOTHER_ENGINE = "use --check-seccomp, which asks the filter first, without --engine gdb"
 """For admit(): where it may not, but by the ptrace engine."""
+_AS_ROOT = "run dynacut as root, by sudo"
 YAMA_3_ADVICE = (
     "set kernel.yama.ptrace_scope lower in /etc/sysctl.d and start the machine again: it cannot be lowered before, and "
     "CRIU may not trace either"
@@ -127,12 +128,12 @@ def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, s
     if me != 0 and any(uid != me for uid in status.uids[:3]):
         return (
             f"{label} belongs to another user (uid {status.uids[0]})",
-            f"run dynacut as root: sudo dynacut live --pid {pid}",
+            _AS_ROOT,
         )
     if me != 0 and Path(f"/proc/{pid}/status").stat().st_uid != me:
         return (
             f"{label} is not dumpable: it changed its privileges, or forbade it by prctl(PR_SET_DUMPABLE)",
-            f"run dynacut as root: sudo dynacut live --pid {pid}",
+            _AS_ROOT,
         )
     scope = yama_scope()
     if scope == 3:
@@ -140,7 +141,7 @@ def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, s
     if scope in (1, 2) and me != 0:
         return (
             f"{label} may not be traced: Yama allows {'parents' if scope == 1 else 'root'} only (ptrace_scope {scope})",
-            f"run dynacut as root: sudo dynacut live --pid {pid}",
+            _AS_ROOT,
         )
     return (
         f"{label} may not be traced from here: it lies in another user namespace or container, or a security module "

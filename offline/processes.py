@@ -123,4 +123,4 @@ def require_root(what: str) -> None:
     DynacutError: this process is not root's.
     """
     if os.geteuid() != 0:
-        raise DynacutError(f"{what} needs root: CRIU does", "run dynacut as root, by sudo")
+        raise DynacutError(f"{what} needs root", "run dynacut as root, by sudo")

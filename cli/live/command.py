@@ -11,7 +11,7 @@ from dynacut.cli.arguments import seconds
 from dynacut.cli.console import SCHEMA, print_error, print_json, warn
 from dynacut.cli.live.engine import add_engine_options, behind_gdbserver, check_engine, engine_of, further_names
 from dynacut.cli.live.fallback import add_fallback_options, check_usage
-from dynacut.cli.quantities import counted
+from dynacut.cli.quantities import counted, shown
 from dynacut.cli.steps import Steps
 from dynacut.cli.target_view import inspected_document, print_features, print_processes, processes_document
 from dynacut.cli.what import Request, add_options
@@ -187,7 +187,7 @@ def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: floa
     elif outcome.changed:
         done = "everything is as it was before" if arguments.undo else "done"
         how = _stops(outcome) if fallback is None else fallback.summary
-        print(f"{processes}: {done} ({places} changed) in {wall_ms:.0f} ms, {how}")
+        print(f"{processes}: {done} ({places} changed) in {shown(wall_ms, 'ms')}, {how}")
     elif fallback is not None and fallback.trip is not None:
         print(f"{processes}: unchanged, {fallback.summary}")
     else:
@@ -199,5 +199,6 @@ def _stops(outcome: Outcome) -> str:
     if not stops.stops:
         return "without a stop"
     times = counted(stops.stops, "stop")
-    in_all, longest = stops.total_ns / 1000, stops.longest_ns / 1000
-    return f"with {times} of a thread, {in_all:,.0f} µs in all, the longest {longest:,.0f} µs"
+    return (
+        f"with {times} of a thread, {shown(stops.total_ns, 'ns')} in all, the longest {shown(stops.longest_ns, 'ns')}"
+    )

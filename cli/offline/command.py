@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_json, warn
-from dynacut.cli.quantities import counted
+from dynacut.cli.quantities import counted, shown
 from dynacut.cli.steps import Steps
 from dynacut.cli.target_view import inspected_document, print_features, print_processes, processes_document
 from dynacut.cli.what import Request, add_options
-from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.report import merged_features
 
 if TYPE_CHECKING:
@@ -182,6 +182,9 @@ def _print_change(outcome: Outcome, arguments: argparse.Namespace, wall_ms: floa
         print(f"{processes}: {places} would be changed; everything fits, nothing was written")
         return
     kind = "layer" if written.is_layer else "flat copy"
-    print(f"{processes}, {places} changed: {kind} {written.path}, {written.bytes_written:,} bytes, in {wall_ms:.0f} ms")
+    print(
+        f"{processes}, {places} changed: {kind} {printable(str(written.path))}, {written.bytes_written:,} bytes, "
+        f"in {shown(wall_ms, 'ms')}"
+    )
     if not written.is_layer and not arguments.flat:
         warn("hard links are not possible there, so everything was copied")

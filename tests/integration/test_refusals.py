@@ -95,7 +95,7 @@ def test_there_is_no_such_process() -> None:
 
 def test_another_users_process(program: Start) -> None:
     target = program("counter")
-    _refused_for(target, *_DISABLE, uid=_NOBODY, says="belongs to another user (uid 0)", advises="sudo dynacut live")
+    _refused_for(target, *_DISABLE, uid=_NOBODY, says="belongs to another user (uid 0)", advises="as root, by sudo")
     _refused_for(target, uid=_NOBODY, says="belongs to another user")
 
 
@@ -112,7 +112,7 @@ def test_an_undumpable_process_of_the_same_user(tmp_path: Path) -> None:
     executable = _readable_by_all(compile_program("nondumpable", tmp_path))
     with _as_nobody(executable) as pid:
         wait_until(lambda: Path(f"/proc/{pid}/status").stat().st_uid == 0, "the program is undumpable")
-        _refused("--pid", pid, *_DISABLE, uid=_NOBODY, says="is not dumpable", advises="sudo dynacut live")
+        _refused("--pid", pid, *_DISABLE, uid=_NOBODY, says="is not dumpable", advises="as root, by sudo")
 
 
 def test_a_user_patches_a_process_of_his_own(tmp_path: Path) -> None:
