@@ -3,9 +3,11 @@
 .DELETE_ON_ERROR:
 # Prerequisites are made in the order they are written, also under make -j: tools first, then what needs them.
 .NOTPARALLEL:
-.PHONY: help setup criu demo test check lint fuzz bench clean ready-demo ready-check ready-test ready-peers links
+.PHONY: help install uninstall setup criu demo test check lint fuzz bench clean ready-demo ready-check ready-test ready-peers links
 
 PYTHON := .venv/bin/python
+PREFIX ?= /usr/local
+LINKS := $(PREFIX)/bin/dynacut $(PREFIX)/share/bash-completion/completions/dynacut
 PACKAGES := $(wildcard cli jobs live offline shared handlers)
 # Everything typed besides the packages; folders without Python files are passed over.
 TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/unit/*.py tests/integration/*.py examples/*.py bench/*.py)))) \
@@ -15,9 +17,19 @@ PARALLEL := -n $(shell nproc) --dist loadfile
 HANDLER_SOURCES := handlers/build.py $(wildcard handlers/*.c handlers/*.h handlers/*.ld)
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ready-test handlers/trap.bin ## install what everything below needs (packages as root, .venv)
+install: ready-demo handlers/trap.bin ## put the command into PREFIX/bin (/usr/local); it runs from this folder
+	@mkdir -p $(dir $(LINKS))
+	@ln -sfn "$(CURDIR)/.venv/bin/dynacut" $(word 1,$(LINKS))
+	@ln -sfn "$(CURDIR)/tools/completion.bash" $(word 2,$(LINKS))
+	@$(word 1,$(LINKS)) --version
+
+uninstall: ## remove the links that install has made; what is patched stays so (dynacut live --undo)
+	@for link in $(LINKS); do \
+	case $$(readlink "$$link") in "$(CURDIR)"/*) rm -f "$$link" ;; esac; done
+
+setup: ready-test handlers/trap.bin ## install what everything below needs, servers to test with too (packages as root, .venv)
 
 criu: ## get a CRIU that works on this kernel: as root
 	@tools/setup.sh criu

@@ -1,7 +1,6 @@
 # Completion of the dynacut command for bash:
 #
-#   . tools/completion.bash                  in this shell; or, for all with the package bash-completion,
-#   ln -s "$PWD/tools/completion.bash" /usr/share/bash-completion/completions/dynacut
+#   . tools/completion.bash      in this shell; where the package bash-completion is, `make install` is enough
 #
 # Commands and options are those that --help names, asked once in each shell.
 
