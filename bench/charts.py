@@ -22,6 +22,7 @@ _LOOKS = {
     "layer": "dynacut",
     "flat": "gdb-best",
     "crit": "criu",
+    "crit, in one run": "criu",
     "gdb": "gdb",
     "gdb, best": "gdb-best",
     "gdb, dlopen": "gdb",

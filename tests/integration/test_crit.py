@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynacut.offline.images.image import Image
-from dynacut.shared.region import find_region
+from dynacut.shared.region import Region, find_region
 
 from .conftest import Dynacut
 from .crit import PAGE, decoded, memory_of, the_crit
@@ -20,20 +20,25 @@ from .test_live_redis import SET_TO_ERROR
 from .test_offline import RANGE_TO_200, UPLOAD_TO_403, tree_of
 
 SIGTRAP_BIT = 1 << 4
+HANDLER_FLAGS = 0x5C000004
+"""SA_SIGINFO, SA_RESTORER, SA_ONSTACK, SA_RESTART, SA_NODEFER."""
 SIGTRAP_INDEX = 4
 """In core's sigactions, which begin with signal 1."""
 
 
-def without_traps(core: dict[str, Any]) -> dict[str, Any]:
-    """A core without what a patch may change: SIGTRAP's action, and its bit in every mask."""
+def patched_core(core: dict[str, Any], region: Region) -> dict[str, Any]:
+    """A core as a patch must make it: SIGTRAP goes to its handler, and no mask blocks it; all else as it was."""
     core = copy.deepcopy(core)
     (entry,) = core["entries"]
-    entry["thread_core"]["blk_sigset"] = entry["thread_core"].get("blk_sigset", 0) & ~SIGTRAP_BIT
+    if "blk_sigset" in entry["thread_core"]:
+        entry["thread_core"]["blk_sigset"] &= ~SIGTRAP_BIT
     if "tc" in entry:
         entry["tc"]["blk_sigset"] &= ~SIGTRAP_BIT
         for action in entry["tc"]["sigactions"]:
             action["mask"] &= ~SIGTRAP_BIT
-        del entry["tc"]["sigactions"][SIGTRAP_INDEX]
+        trap = entry["tc"]["sigactions"][SIGTRAP_INDEX]
+        assert trap["sigaction"] == 0
+        trap |= {"sigaction": region.handler, "flags": HANDLER_FLAGS, "restorer": region.restorer, "mask": 0}
     return core
 
 
@@ -53,11 +58,15 @@ def test_every_file_decodes_and_nothing_but_the_edits_differs(
     assert (changed / "parent").exists() is (kind == "layer")
 
     pids = tree_of(server)
-    rewritten = {f"{part}-{pid}.img" for pid in pids for part in ("mm", "pagemap")}
+    pagemaps = {file for file in before if file.startswith("pagemap-")}
     assert before.keys() == after.keys()
-    for file in before.keys() - rewritten:
-        strip = without_traps if file.startswith("core-") else copy.deepcopy
-        assert strip(before[file]) == strip(after[file]), file
+    for file in before.keys() - pagemaps - {f"mm-{pid}.img" for pid in pids}:
+        if not file.startswith("core-"):
+            assert before[file] == after[file], file
+    memory = {file: memory_of(image, file, tmp_path / f"{file}-before") for file in pagemaps}
+    now = {file: memory_of(changed, file, tmp_path / f"{file}-after") for file in pagemaps}
+    threads = {entry["pid"]: entry["threads"] for entry in before["pstree.img"]["entries"]}
+    cores = set[str]()
     with Image(changed) as opened:
         assert sorted(process.pid for process in opened.processes) == sorted(pids)
         for process in opened.processes:
@@ -67,17 +76,22 @@ def test_every_file_decodes_and_nothing_but_the_edits_differs(
             mm, pagemap = f"mm-{process.pid}.img", f"pagemap-{process.pid}.img"
             check_vmas(before[mm], after[mm], [region.start, found.region.table, region.stop])
             edits = {site.address + at: new for site in found.table.sites for at, new in enumerate(site.new)}
-            held = memory_of(image, pagemap, tmp_path / f"{process.pid}-before")
+            assert edits
+            held = memory[pagemap]
             for page in {address & -PAGE for address in edits} - held.keys():
                 held[page] = page_of_file(before[mm], before["files.img"], page)
             for address, new in edits.items():
                 data = bytearray(held[address & -PAGE])
+                assert data[address % PAGE] != new
                 data[address % PAGE] = new
                 held[address & -PAGE] = bytes(data)
-            now = memory_of(changed, pagemap, tmp_path / f"{process.pid}-after")
-            assert {page: data for page, data in now.items() if page not in region} == held
-            (core,) = after[f"core-{process.pid}.img"]["entries"]
-            assert core["tc"]["sigactions"][SIGTRAP_INDEX]["sigaction"] == found.region.handler
+            assert any(page in region for page in now[pagemap])
+            now[pagemap] = {page: data for page, data in now[pagemap].items() if page not in region}
+            for core in (f"core-{tid}.img" for tid in threads[process.pid]):
+                assert after[core] == patched_core(before[core], found.region), core
+                cores.add(core)
+    assert cores == {file for file in before if file.startswith("core-")}
+    assert now == memory
 
 
 def page_of_file(mm: dict[str, Any], files: dict[str, Any], page: int) -> bytes:
