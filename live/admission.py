@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from dynacut.live.freezer import freezing_cgroup
 from dynacut.live.own_memory import await_own_memory
 from dynacut.live.process import gone
 from dynacut.live.refusal import NeedsCheckpointError
@@ -55,6 +56,7 @@ def admit(pid: int, *, changing: bool, filtered: bool = False, otherwise: str | 
         return
     check_not_stopped(pid, label, status)
     try:
+        _check_not_frozen(pid, label)
         for tid in thread_ids(pid):
             with suppress(OSError):  # a thread that ends meanwhile
                 _check_thread(label, task_status(pid, tid), filtered=filtered, otherwise=otherwise)
@@ -86,6 +88,15 @@ def check_not_stopped(pid: int, label: str, status: TaskStatus) -> None:
     """Refuses a process that a signal has stopped."""
     if status.state == "T":
         raise DynacutError(f"{label} is stopped by a signal", f"let it go on first: kill -CONT {pid}")
+
+
+def _check_not_frozen(pid: int, label: str) -> None:
+    frozen = freezing_cgroup(pid)
+    if frozen is not None:
+        raise DynacutError(
+            f"{label} is frozen by its cgroup, {frozen}",
+            "let it go on first: systemctl thaw, docker unpause, or whatever froze it",
+        )
 
 
 def check_not_traced(label: str, status: TaskStatus, tracer: str) -> None:

@@ -18,6 +18,7 @@ import psutil  # noqa: F401
 import pytest
 
 from dynacut.live import admission
+from dynacut.live.freezer import freezing_cgroup
 from dynacut.live.ptrace.patcher import locked
 from dynacut.live.ptrace.tracee import Tracee
 from dynacut.shared.proc import task_status, thread_ids
@@ -238,6 +239,39 @@ def test_a_stopped_process_stays_stopped(program: Start) -> None:
     assert Snapshot.of(target.pid) == before
     os.kill(target.pid, signal.SIGCONT)
     assert target.ask("feature 3") == str(feature(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "on", "off"),
+    [("cgroup2", "cgroup.freeze", "1", "0"), ("cgroup", "freezer.state", "FROZEN", "THAWED")],
+)
+def test_a_frozen_process(program: Start, kind: str, state: str, on: str, off: str) -> None:
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    roots = [Path(mount[1]) for mount in mounts if mount[2] == kind and (kind == "cgroup2" or "freezer" in mount[3])]
+    if not roots:
+        pytest.skip(f"this machine has no freezer of {kind}")
+    target = program("counter")
+    group = roots[0] / f"dynacut-test-{target.pid}"
+    inside = group / "inside"
+    try:
+        inside.mkdir(parents=True)
+    except OSError:
+        pytest.skip(f"this machine lets nobody make a {kind}")
+    try:
+        (inside / "cgroup.procs").write_text(str(target.pid))
+        (group / state).write_text(on)
+        wait_until(lambda: freezing_cgroup(target.pid) == inside, "it is frozen")
+        before = Snapshot.of(target.pid)
+        _refused("--pid", target.pid, *_DISABLE, says="is frozen by its cgroup", advises="thaw")
+        assert Snapshot.of(target.pid) == before
+        (group / state).write_text(off)
+        assert target.ask("feature 3") == str(feature(3))
+        assert freezing_cgroup(target.pid) is None
+    finally:
+        (group / state).write_text(off)
+        target.end()
+        inside.rmdir()
+        group.rmdir()
 
 
 def test_a_thread_id_is_no_process_id(program: Start) -> None:
