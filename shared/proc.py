@@ -10,6 +10,8 @@ from pathlib import Path
 
 from dynacut.shared.target import PAGE_SIZE, Mapping
 
+_PF_IO_WORKER, _PF_USER_WORKER = 0x10, 0x4000  # include/linux/sched.h
+
 
 def read_mappings(pid: int) -> tuple[Mapping, ...]:
     """The VMAs of a process, ascending (proc_pid_maps(5)).
@@ -192,6 +194,18 @@ def ran_ns(pid: int, tid: int) -> int:
         return int(Path(f"/proc/{pid}/task/{tid}/schedstat").read_bytes().split()[0])
     except (OSError, IndexError):
         return 0
+
+
+def is_kernels_own(pid: int, tid: int) -> bool:
+    """Whether a thread is one that the kernel has made for a process, as io_uring does, and that never runs its code.
+
+    Known by its flags, field 9 of proc_pid_stat(5). False if it has ended.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
+    except OSError:
+        return False
+    return int(stat.rpartition(b")")[2].split()[6]) & (_PF_IO_WORKER | _PF_USER_WORKER) != 0
 
 
 def auxiliary_vector(pid: int) -> dict[int, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dynacut.live.gdb.session import GdbError, GdbSession
-from dynacut.live.ptrace.resumption import ERESTARTNOHAND, in_syscall, resumption, was_interrupted
+from dynacut.live.ptrace.resumption import ERESTARTNOHAND, in_syscall, never_runs, resumption, was_interrupted
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.proc import TaskStatus, parse_start_time, parse_status, task_status, thread_ids
@@ -216,8 +216,10 @@ class Held:
             self._threads = {}
             for entry in self.session.command("-thread-info")["threads"]:
                 tid = int(re.findall(r"\d+", str(entry["target-id"]).partition('"')[0])[-1])
-                self._threads[tid] = HeldThread(tid, str(entry["id"]), {})
-                self.reread(self._threads[tid])
+                thread = HeldThread(tid, str(entry["id"]), {})
+                self.reread(thread)
+                if not never_runs(thread.registers):
+                    self._threads[tid] = thread
             for thread in self._threads.values():
                 self._put_back_before_int3(thread)
         except (GdbError, ValueError, LookupError) as error:

@@ -24,7 +24,7 @@ from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.proc import blocked_in, ran_ns, start_time, task_status, thread_ids
+from dynacut.shared.proc import blocked_in, is_kernels_own, ran_ns, start_time, task_status, thread_ids
 from dynacut.shared.region import Region
 from dynacut.shared.signal_frames import saved_masks
 from dynacut.shared.target import SIGTRAP
@@ -55,7 +55,7 @@ def blocking_threads(pid: int) -> list[int]:
         raise gone(pid) from None
     for tid in tids:
         try:
-            if task_status(pid, tid).blocked & SIGTRAP_BIT:
+            if task_status(pid, tid).blocked & SIGTRAP_BIT and not is_kernels_own(pid, tid):
                 found.append(tid)
         except OSError:
             continue

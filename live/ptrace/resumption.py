@@ -42,6 +42,14 @@ def starts_anew(number: int) -> bool:
     return number in _NEVER_RESTARTED
 
 
+def never_runs(registers: Mapping[str, int]) -> bool:
+    """Whether a stopped thread is one of the kernel's own, as io_uring has: it never runs the program's code.
+
+    Its registers say so, for the sake of debuggers (copy_thread in arch/x86/kernel/process.c).
+    """
+    return registers["rip"] == registers["rsp"] == 0
+
+
 def in_syscall(registers: Mapping[str, int]) -> bool:
     """Whether a stop interrupted a system call rather than the thread's own code."""
     return registers["orig_rax"] < _NEGATIVE

@@ -28,7 +28,7 @@ from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole
 from dynacut.shared.library.library import LibrarySegment
-from dynacut.shared.proc import BlockedIn, blocked_in, task_status, thread_ids
+from dynacut.shared.proc import BlockedIn, blocked_in, is_kernels_own, task_status, thread_ids
 from dynacut.shared.region import Region, choose_address
 from dynacut.shared.target import SIGTRAP
 
@@ -37,6 +37,7 @@ _SYS_MUNMAP = 11
 _MAX_PATH = 64 * 32  # of the table's scratch, the input of 64 signal actions
 _SYS_RT_SIGACTION = 13
 _SYS_PRCTL = 157
+_SYS_IO_URING_ENTER = 426
 PR_SET_PDEATHSIG = 1
 _SIGSET_SIZE = 8
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
@@ -47,6 +48,8 @@ _SEGMENTS_PER_SHOT = 8
 _STOP_TIMEOUT = 0.5
 _PASSAGE = 0.0003
 """Seconds in which a thread that is let go usually has run through its stub."""
+_CHOOSY = 0.2
+"""Seconds in which a thread is looked for that will notice nothing at all."""
 _LEAVING = 1.0
 """Seconds in which each thread is seen outside of the stubs, where that is needed."""
 _RSEQ_CS_OFFSET = 8
@@ -274,7 +277,8 @@ class Remote:
         for _ in range(2):
             process.write(slot, restarting_stub(stub.body(), dict.fromkeys(REGISTER_NAMES, 0), (0, 0), (0, 0)))
         body = stub.body()
-        while not self._try_shot(body, slot):
+        choosy_until = time.monotonic() + _CHOOSY
+        while not self._try_shot(body, slot, all_kinds=time.monotonic() > choosy_until):
             if time.monotonic() > self.deadline:
                 raise NeedsCheckpointError(
                     f"no thread of {process.label} could be stopped at a safe place in time",
@@ -282,8 +286,8 @@ class Remote:
                 )
             time.sleep(0.001)
 
-    def _try_shot(self, body: bytes, slot: int) -> bool:
-        for tid in _candidates(self._process.pid):
+    def _try_shot(self, body: bytes, slot: int, *, all_kinds: bool) -> bool:
+        for tid in _candidates(self._process.pid, all_kinds=all_kinds):
             try:
                 with urgent(), Tracee(tid) as tracee:
                     timeout = max(0.001, min(_STOP_TIMEOUT, self.deadline - time.monotonic()))
@@ -345,17 +349,20 @@ def _output(region: Region, number: int, action: KernelAction | None) -> int:
     return region.table + OUTPUT_OFFSET + (number - 1) * _ACTION_SIZE
 
 
-def _candidates(pid: int) -> Iterator[int]:
+def _candidates(pid: int, *, all_kinds: bool) -> Iterator[int]:
     """Threads to send through a stub, the best first: one that waits notices nothing of a stop.
 
     Of these, one that waits in epoll_wait, as the threads of servers that have most to do, comes last: it may wait
-    longer than it wanted.
+    longer than it wanted. all_kinds: also those whose io_uring_enter(2) has submitted something and then waits; it
+    returns, as after a signal, with what it has submitted and perhaps without what it waited for.
     """
     try:
         tids = thread_ids(pid)
     except (FileNotFoundError, ProcessLookupError):
         raise gone(pid) from None
-    anew, others = [], []
+    anew: list[int] = []
+    others: list[int] = []
+    cut_short: list[int] = []
     for tid in tids:
         waits = blocked_in(pid, tid)
         if waits is None:
@@ -365,6 +372,8 @@ def _candidates(pid: int) -> Iterator[int]:
                 anew.append(tid)
             else:
                 yield tid
+        elif waits.number == _SYS_IO_URING_ENTER:
+            (cut_short if waits.arguments[1] else anew).append(tid)
         # Any other system call is left alone: a write that is interrupted amid its bytes returns short.
     yield from anew
     for tid in others:
@@ -372,8 +381,10 @@ def _candidates(pid: int) -> Iterator[int]:
             state = task_status(pid, tid).state
         except OSError:
             continue
-        if state == "R":
+        if state == "R" and not is_kernels_own(pid, tid):
             yield tid
+    if all_kinds:
+        yield from cut_short
 
 
 def _waits_for_all(waits: BlockedIn) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from dynacut.live.process import Process, gone, runs_another_program
+from dynacut.live.ptrace.resumption import never_runs
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.ptrace.urgency import urgent
@@ -156,6 +157,8 @@ def _find_thread(process: Process, occupancy: Occupancy, tracees: dict[int, Trac
     if occupancy.is_free:
         return None
     for tid, tracee in tracees.items():
+        if never_runs(tracee.registers):
+            continue
         rip = tracee.registers["rip"]
         # Right behind the first byte and with a SIGTRAP pending it has hit the int3, and is on its way out.
         trapped = occupancy.is_behind_first(rip) and tracee.pending_signals() & SIGTRAP_BIT

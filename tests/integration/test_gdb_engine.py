@@ -63,6 +63,7 @@ from .test_scope import (  # noqa: F401
     test_every_byte_of_a_block_is_overwritten_and_comes_back,
 )
 from .test_threads import (  # noqa: F401
+    test_a_program_that_waits_in_io_uring_and_the_kernels_threads_in_it,
     test_a_tree_is_changed_as_one,
     test_a_vfork_parent_is_refused_and_goes_on_afterwards,
     test_forked_children_inherit_the_patch_and_count_for_themselves,

@@ -151,6 +151,33 @@ def test_no_wait_ends_early_or_with_eintr(program: Start, name: str, count: int,
         assert target.ask("wake") == f"woken {count - 1}"
 
 
+@pytest.mark.parametrize("scope", _SCOPES)
+@pytest.mark.parametrize("way", ["wait", "together", "worker", "poll"])
+def test_a_program_that_waits_in_io_uring_and_the_kernels_threads_in_it(
+    program: Start, dynacut: Dynacut, way: str, scope: str
+) -> None:
+    """Those threads never run the program's code; their masks, which block everything, are none of ours."""
+    try:
+        target = program("uring", way)
+    except AssertionError as error:
+        pytest.skip(f"this kernel has no io_uring: {error}")
+    live = ("live", "--pid", target.pid, "--timeout", "20")
+    if way in ("worker", "poll"):
+        wait_until(lambda: len(thread_ids(target.pid)) == 2, "the kernel has made its thread")
+    masks = {tid: task_status(target.pid, tid).blocked for tid in thread_ids(target.pid)}
+    dynacut.json(*live, "--disable", "feature", "--on-hit", "return=-1", "--as", "f", "--scope", scope)
+    assert target.ask("feature 3") == str(DENIED)
+    document = dynacut.json(*live)
+    assert [each["state"] for each in document["features"]] == ["disabled"]
+    assert not any("SIGTRAP" in str(warning) for warning in document.get("warnings", []))
+    dynacut.json(*live, "--undo")
+    assert target.ask("feature 3") == str(feature(3))
+    if way != "together":  # one call that has submitted something returns that when it is interrupted
+        assert target.ask("report") == "eintr 0 early 0"
+    now = {tid: task_status(target.pid, tid).blocked for tid in thread_ids(target.pid)}
+    assert masks == {tid: now[tid] for tid in masks if tid in now}
+
+
 def test_no_wait_ends_when_another_thread_cannot_be_stopped(program: Start) -> None:
     """A thread sits in vfork: the block is refused, and those that were stopped for it must not notice."""
     target = program("vfork_thread")
