@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 from dynacut.handlers.layout import ACTION, LIBRARY, LIBRARY_OFFSET, PATH_SIZE, USER_OFFSET
 
@@ -75,8 +76,7 @@ class TableSite:
         return self.address, len(self.old)
 
 
-@dataclass(frozen=True)
-class Repair:
+class Repair(NamedTuple):
     """A mask that was cleared of SIGTRAP: of a thread (id, start time in clock ticks) or of a signal's handler."""
 
     kind: RepairKind

@@ -232,9 +232,17 @@ class Table:
         """The writes, in their order, that make the table record just these repairs, the count last."""
         if len(repairs) > REPAIR_CAPACITY:
             raise TableFullError(f"{len(repairs)} repaired signal masks, room for {REPAIR_CAPACITY}")
-        packed = b"".join(REPAIR.pack(repair.kind, repair.id, repair.start_time, repair.mask) for repair in repairs)
-        yield Write(self.layout.repairs, packed)
+        yield Write(self.layout.repairs, _pack_repairs(repairs))
         yield Write(REPAIR_COUNT_OFFSET, struct.pack("<I", len(repairs)))
+
+    def further_repair_writes(self, repairs: Sequence[Repair]) -> Iterator[Write]:
+        """The writes, in their order, that make the table record these repairs behind those it has, the count last."""
+        count = len(self.repairs)
+        if count + len(repairs) > REPAIR_CAPACITY:
+            raise TableFullError(f"{count + len(repairs)} repaired signal masks, room for {REPAIR_CAPACITY}")
+        if repairs:
+            yield Write(self.layout.repairs + count * REPAIR.size, _pack_repairs(repairs))
+            yield Write(REPAIR_COUNT_OFFSET, struct.pack("<I", count + len(repairs)))
 
     @staticmethod
     def serial_of(data: bytes) -> int:
@@ -381,6 +389,10 @@ def _parse_sites(
             hits, order = min(hits, 1), hits
         site = TableSite(address, features[feature], action, argument, size, old, new, hits, order)
         yield _Placed(site, counter, bytes_offset)
+
+
+def _pack_repairs(repairs: Sequence[Repair]) -> bytes:
+    return b"".join(REPAIR.pack(*repair) for repair in repairs)
 
 
 def _pack_name(name: str) -> bytes:

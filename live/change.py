@@ -11,9 +11,9 @@ from dynacut.live.admission import ANOTHER_ENGINE, ASK_FILTERS, admit
 from dynacut.live.confinement import confinement
 from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
+from dynacut.live.lock import locked
 from dynacut.live.own_memory import SharedMemoryError
 from dynacut.live.process import Process
-from dynacut.live.ptrace.patcher import locked
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.tracing.trace import stop_trace
 from dynacut.live.tree import descendants

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dynacut.live.process import Process
 from dynacut.live.ptrace.masks import lasting_blockers
 from dynacut.live.tracing.trace import armed_blocks
-from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.inspect import inspected
 from dynacut.shared.proc import task_status
 from dynacut.shared.report import FeatureReport, Inspection
+from dynacut.shared.target import SIGTRAP_BIT
 
 
 def inspect(process: Process, *, thorough: bool = True) -> Inspection:

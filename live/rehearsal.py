@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from dynacut.live.admission import admit
 from dynacut.live.change import Resolve
+from dynacut.live.lock import locked
 from dynacut.live.process import Process
-from dynacut.live.ptrace.patcher import locked
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.region import find_region

@@ -13,13 +13,12 @@ from dynacut.offline.image_tasks import read_options
 from dynacut.offline.images.image import Image
 from dynacut.offline.images.process import ImageProcess
 from dynacut.offline.layer import Written, write_image
-from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.inspect import inspected
 from dynacut.shared.patch_set import PatchSet
 from dynacut.shared.region import find_region, is_our_handler
 from dynacut.shared.report import Inspection
-from dynacut.shared.target import SIGTRAP, Target
+from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT, Target
 
 Resolve = Callable[[Target, Table | None], PatchSet]
 """From a target and its table to what is to be done."""

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from dynacut.shared.patch_set import ByteEdit
+from dynacut.shared.signal_frames import RIP_IN_FRAME, SignalFrames, aligned_words, stacks
 from dynacut.shared.target import Target
 
 _INT3 = 0xCC
-# struct rt_sigframe (arch/x86/include/asm/sigframe.h): the trampoline's address, then the ucontext, whose registers
-# begin at byte 40; rsp is the 16th of them, rip the 17th.
-_FRAME_RSP = 8 + 40 + 15 * 8
-_FRAME_RIP = _FRAME_RSP + 8
-
-
-@dataclass(frozen=True)
-class SignalFrames:
-    """How signal frames are recognised on a stack: by the trampoline that their handler returns by."""
-
-    restorers: frozenset[int]
-    """Of the program's own handlers."""
-    own: int
-    """Of dynacut's handler. A thread in there has hit an int3; it goes on elsewhere than its frame says."""
-
-
-NO_FRAMES = SignalFrames(frozenset(), 0)
 
 
 class Occupancy:
@@ -74,40 +57,13 @@ class Occupancy:
         Stacks: the present one, and those that a signal handler on an alternate stack has interrupted. The stack
         pointer itself if it points to no mapping known of: then there is no telling.
         """
-        scanned: set[int] = set()
-        pending = [stack_pointer]
-        while pending:
-            pointer = pending.pop()
-            mapping = next((part for part in target.mappings if part.start <= pointer < part.end), None)
-            if mapping is None:
-                if not scanned:
-                    return pointer
-                continue
-            if mapping.start in scanned:
-                continue
-            scanned.add(mapping.start)
-            first = pointer & ~7
-            stack = target.read(first, mapping.end - first)
-            passing: set[int] = set()
-            for restorer in {*self._frames.restorers, self._frames.own} - {0}:  # 0, for none, is all over a stack
-                for position in aligned_words(stack, struct.pack("<Q", restorer), 0):
-                    if position + _FRAME_RIP + 8 > len(stack):
-                        continue
-                    pending.append(struct.unpack_from("<Q", stack, position + _FRAME_RSP)[0])
-                    if restorer == self._frames.own:
-                        passing.add(position + _FRAME_RIP)
+        is_known = False
+        for stack in stacks(target, stack_pointer, {*self._frames.restorers, self._frames.own}):
+            is_known = True
+            passing = {position + RIP_IN_FRAME for position, restorer in stack.frames if restorer == self._frames.own}
             for pattern in self._patterns:
-                for position in aligned_words(stack, pattern, 3):
-                    (word,) = struct.unpack_from("<Q", stack, position)
+                for position in aligned_words(stack.contents, pattern, 3):
+                    (word,) = struct.unpack_from("<Q", stack.contents, position)
                     if self._index(word) is not None and position not in passing:
                         return int(word)
-        return None
-
-
-def aligned_words(stack: bytes, pattern: bytes, shift: int) -> Iterator[int]:
-    """The positions in a stack of aligned words of which a pattern is the part from byte `shift` on."""
-    position = stack.find(pattern)
-    while position >= 0:
-        if position % 8 == shift:
-            yield position - shift
-        position = stack.find(pattern, position + 1)
+        return None if is_known else stack_pointer

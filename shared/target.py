@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dynacut.shared.binary.elf import ElfFile
 
 SIGTRAP = 5
+SIGTRAP_BIT = 1 << (SIGTRAP - 1)
+"""In a mask of signals."""
 PAGE_SIZE = 4096
 
 
@@ -107,3 +109,10 @@ class Target(Protocol):
 
     def read(self, address: int, size: int) -> bytes:
         """Return exactly size bytes of memory at an absolute address; DynacutError if they are not all mapped."""
+
+
+class Writable(Target, Protocol):
+    """A target whose memory can be written to."""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes bytes, whatever the protection there; DynacutError if they are not all mapped."""

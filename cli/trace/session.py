@@ -60,8 +60,8 @@ class Session:
             DynacutError: the process cannot be traced; or not all of it could be put back, with the logs written.
         """
         from dynacut.live.admission import admit
+        from dynacut.live.lock import locked
         from dynacut.live.process import Process
-        from dynacut.live.ptrace.patcher import locked
         from dynacut.live.tracing.phases import PhaseListener
         from dynacut.live.tracing.spawn import HeldProgram
         from dynacut.live.tracing.trace import Trace

@@ -62,8 +62,8 @@ class PhaseTracer:
             DynacutError: its port is in use, it cannot be traced, a command fails, or it does not end.
         """
         from dynacut.live.admission import admit
+        from dynacut.live.lock import locked
         from dynacut.live.process import Process
-        from dynacut.live.ptrace.patcher import locked
         from dynacut.live.tracing.spawn import HeldProgram
         from dynacut.live.tracing.trace import Trace
 
@@ -97,8 +97,8 @@ class PhaseTracer:
             DynacutError: it cannot be traced, or a command fails.
         """
         from dynacut.live.admission import admit
+        from dynacut.live.lock import locked
         from dynacut.live.process import Process
-        from dynacut.live.ptrace.patcher import locked
         from dynacut.live.tracing.tree import TreeTrace
 
         with ExitStack() as stack:

@@ -21,7 +21,7 @@ from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.gdb.target import GdbTarget
 from dynacut.live.inspect import warnings_of
 from dynacut.live.ptrace.stop_clock import StopClock
-from dynacut.shared.apply import SIGTRAP_BIT, check_written
+from dynacut.shared.apply import check_written
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.inspect import inspected
@@ -29,7 +29,7 @@ from dynacut.shared.modules import called_name, modules_of
 from dynacut.shared.proc import parse_command_line, parse_mappings, parse_status
 from dynacut.shared.region import find_region
 from dynacut.shared.report import FeatureReport, Inspection
-from dynacut.shared.target import PAGE_SIZE, Mapping, Module
+from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT, Mapping, Module
 
 _X86_64 = "i386:x86-64"
 

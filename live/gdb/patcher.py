@@ -11,20 +11,19 @@ from dynacut.live.gdb.target import GdbTarget
 from dynacut.live.process import Process
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.apply import (
-    SIGTRAP_BIT,
     ThreadAmidError,
-    block_threads_again,
     check_written,
     conclude,
     make_ready,
     retreat,
-    unblock_threads,
     write_edits,
 )
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.occupancy import SignalFrames
+from dynacut.shared.masks import block_threads_again, unblock_threads
 from dynacut.shared.patch_set import HandlerChange, PatchSet
 from dynacut.shared.region import find_region
+from dynacut.shared.signal_frames import SignalFrames
+from dynacut.shared.target import SIGTRAP_BIT
 
 _RETREAT_TIMEOUT = 5.0
 _LOOKS = 10
@@ -103,6 +102,7 @@ def _unblock_those_made_meanwhile(target: GdbTarget) -> None:
     """A thread amid pthread_create puts back the mask it had, and the new one inherits it: look until none is."""
     while target.passing:
         target.pause(_keep_blocking(target))
+        target.process.refresh()  # the stacks
         target.passing = False
         found = find_region(target)
         assert found is not None
@@ -150,6 +150,7 @@ def _block_threads_again(target: GdbTarget) -> None:
         if found is None or found.table is None or not block_threads_again(target, found.table):
             return
         target.pause(_keep_blocking(target))
+        target.process.refresh()  # the stacks
 
 
 def _has_trap(target: GdbTarget, tid: int) -> bool:

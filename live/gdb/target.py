@@ -17,11 +17,11 @@ from dynacut.live.ptrace.slack import find_slack
 from dynacut.live.ptrace.slots import Slot, take_slot
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.stub import Stub
-from dynacut.shared.apply import SIGTRAP_BIT, Area
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Hole
 from dynacut.shared.region import Region, find_region
-from dynacut.shared.target import SIGTRAP, Mapping
+from dynacut.shared.stopped import Area
+from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT, Mapping
 
 _SYS_MMAP, _SYS_MUNMAP, _SYS_RT_SIGACTION, _SYS_RT_SIGPROCMASK = 9, 11, 13, 14
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
@@ -70,6 +70,11 @@ class GdbTarget(Held):
             GdbThread(thread.tid, thread.registers["rip"], thread.registers["rsp"], self.start_time)
             for thread in self.held_threads
         ]
+
+    @property
+    def started(self) -> int:
+        """When the process started, in clock ticks since boot."""
+        return self.start_time(self.process.pid)
 
     def map_anonymous(self, areas: Sequence[Area]) -> None:
         """Maps fresh private memory at just these places; DynacutError if the process does not get it."""

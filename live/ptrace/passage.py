@@ -7,9 +7,9 @@ import time
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import each_stopped
-from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.shared.region import Region
+from dynacut.shared.target import SIGTRAP_BIT
 
 _LOOK_PAUSE = 0.001
 _FORKS = frozenset({56, 57, 58, 435})

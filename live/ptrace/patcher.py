@@ -9,51 +9,39 @@ need every thread stopped for a moment (window.py).
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from dynacut.handlers.blob import handler_code
-from dynacut.handlers.table import (
-    MAGIC,
-    OBSERVED_OFFSET,
-    PREVIOUS_OFFSET,
-    TRACE_MAGIC,
-    KernelAction,
-    Table,
-    TableFullError,
-    Write,
-)
+from dynacut.handlers.table import MAGIC, OBSERVED_OFFSET, PREVIOUS_OFFSET, KernelAction, Table, Write
 from dynacut.live.own_memory import await_own_memory
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace import masks
 from dynacut.live.ptrace.passage import all_seen_outside
 from dynacut.live.ptrace.shots import Remote
-from dynacut.live.ptrace.slots import retire, write_all
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import prompt_stops
 from dynacut.live.ptrace.window import write_in_window
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.added import untouched
-from dynacut.shared.apply import SIGTRAP_BIT, check_written, vacated
+from dynacut.shared.apply import check_written, vacated
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.occupancy import NO_FRAMES, SignalFrames
+from dynacut.shared.masks import masked_again, masked_signals, restorers_of
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.proc import task_status
-from dynacut.shared.region import (
-    Region,
-    find_region,
-    is_our_handler,
-    layout_for,
-    new_table,
-    original_action,
-    read_table,
+from dynacut.shared.region import Region, find_region, is_our_handler, original_action
+from dynacut.shared.region_writing import (
+    empty_table,
+    prepare_region,
+    put_contents_back,
+    retire,
+    set_contents,
+    write_table,
 )
 from dynacut.shared.rollback import standing_edits
-from dynacut.shared.target import SIGTRAP
+from dynacut.shared.signal_frames import NO_FRAMES, SignalFrames
+from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT
 
 _INT3 = 0xCC
 _HANDLER_STAYS = "all bytes are put back, the handler is still installed; run --undo again"
@@ -121,7 +109,7 @@ class Patcher:
                         self._fill(patches)
                         self._write([*patches.edits, *vacated(self.process, patches)])
                         self._drop(patches)
-                        self._set_contents(patches)
+                        set_contents(self.process, patches, self.magic)
                     case HandlerChange.REMOVE:
                         self._undo(patches)
             check_written(self.process, patches)
@@ -139,22 +127,16 @@ class Patcher:
             pass
         return gone(self.process.pid)
 
-    def _set_contents(self, patches: PatchSet) -> None:
-        """Makes the table say what it shall say afterwards, where that is something else than before."""
-        if (patches.features, patches.sites) == (patches.before_features, patches.before_sites):
-            return
-        found = find_region(self.process, self.magic)
-        if found is not None and found.table is not None:
-            write_all(self.process, found.region, found.table.update(patches.features, patches.sites))
-
     def _switch_off(self, patches: PatchSet) -> None:
-        region, table, outgrown = self._prepare(patches)
+        region, table, outgrown = prepare_region(
+            self.process, patches, lambda layout, taken: self._remote.map_region(layout, self.magic, taken), self.magic
+        )
         self.restart_clock()
         try:
             if patches.library is not None:
                 if not patches.library.is_mapped:
                     self._remote.map_segments(region, patches.library.segments)
-                write_all(self.process, region, patches.library.record.writes())
+                write_table(self.process, region, patches.library.record.writes())
             self._remote.map_segments(region, patches.add)
             restorers = self._install(region, table)
             if outgrown is not None:
@@ -169,32 +151,6 @@ class Patcher:
             raise
         self._remote.unmap(region, patches.unmap)
 
-    def _prepare(self, patches: PatchSet) -> tuple[Region, Table, Region | None]:
-        """A region whose table holds the patch set's contents, and the region that was too small for them."""
-        process = self.process
-        found = find_region(process, self.magic)
-        old = found.table if found else None
-        if found is not None and old is not None:
-            try:
-                writes = list(old.update(patches.features, patches.sites))
-            except TableFullError:
-                pass
-            else:
-                write_all(process, found.region, writes)
-                return found.region, read_table(process, found.region), None
-        layout = layout_for(patches.features, patches.sites, shared=self.magic == TRACE_MAGIC)
-        if found is not None and old is None and found.region.table_size == layout.size:
-            region = found.region  # mapped by a patcher that was killed before it filled it
-        else:
-            region = self._remote.map_region(layout, self.magic, patches.library.range if patches.library else range(0))
-        process.write(region.code, handler_code())
-        write_all(process, region, new_table(layout, old, patches.features, patches.sites))
-        table = read_table(process, region)
-        if old is None or found is None:
-            return region, table, None
-        write_all(process, region, table.carried_hits(old))
-        return region, table, found.region
-
     def _install(self, region: Region, table: Table) -> frozenset[int]:
         """Makes the handler SIGTRAP's action, and SIGTRAP deliverable everywhere.
 
@@ -202,25 +158,25 @@ class Patcher:
         """
         process, remote = self.process, self._remote
         # What the kernel wrote at an earlier installation is overwritten by this one: keep it first.
-        write_all(process, region, [Write(PREVIOUS_OFFSET, table.previous.pack())])
+        write_table(process, region, [Write(PREVIOUS_OFFSET, table.previous.pack())])
         ours = region.action(table.previous)
         wanted: dict[int, KernelAction | None] = {SIGTRAP: ours}
         actions = remote.sigactions(region, wanted | dict.fromkeys(masks.caught_signals(process.pid)))
         replaced = actions.pop(SIGTRAP)
         if replaced.handler != region.handler:
             if not is_our_handler(process, replaced.handler, self.magic):
-                write_all(process, region, [Write(PREVIOUS_OFFSET, replaced.pack())])
+                write_table(process, region, [Write(PREVIOUS_OFFSET, replaced.pack())])
                 if region.action(replaced) != ours:
                     ours = region.action(replaced)
                     remote.sigactions(region, {SIGTRAP: ours})
-            write_all(process, region, [Write(OBSERVED_OFFSET, ours.pack())])
+            write_table(process, region, [Write(OBSERVED_OFFSET, ours.pack())])
             # A fork copies the signal actions before the memory (copy_process in kernel/fork.c): a child of one that
             # began before this must not get an int3 without the handler, nor one that shares the memory.
             if not all_seen_outside(process, region, self.clock, self._deadline, forks=True):
                 raise _not_seen(process)
             await_own_memory(process.pid, self._deadline)
-        restorers = masks.restorers_of(actions)
-        table = replace(table, repairs=tuple(masks.unmask_handlers(process, region, table, remote, actions)))
+        restorers = restorers_of(actions.values())
+        table = masks.unmask_handlers(process, region, table, remote, actions)
         masks.unblock_threads(process, region, table, restorers, self.clock, self._deadline)
         if not task_status(process.pid).caught & SIGTRAP_BIT:
             raise DynacutError(
@@ -267,20 +223,18 @@ class Patcher:
         self.restart_clock()
         if not all_seen_outside(process, region, self.clock, self._deadline):
             raise _stays(process)
-        masked = masks.masked_signals(table)
+        masked = masked_signals(table)
         caught = masks.caught_signals(process.pid) if masks.has_thread_masks(table) else []
         actions = remote.sigactions(region, dict.fromkeys([SIGTRAP, *masked, *caught]))
         changed: dict[int, KernelAction] = {}
         if is_our_handler(process, actions.pop(SIGTRAP).handler, self.magic):
             changed[SIGTRAP] = original_action(process, table, self.magic)
-        restorers = masks.restorers_of(actions)
-        changed |= masks.masked_again({number: actions[number] for number in masked})
+        restorers = restorers_of(actions.values())
+        changed |= masked_again({number: actions[number] for number in masked})
         if changed:
             remote.sigactions(region, changed)
-        masks.block_threads_again(process, table.repairs, restorers, self.clock)
-        write_all(process, region, table.user.out_of_force().writes())
-        write_all(process, region, table.repair_writes(()))
-        write_all(process, region, table.update((), ()))
+        masks.block_threads_again(process, table, restorers, self.clock)
+        empty_table(process, region, table)
 
     def _retreat(self, patches: PatchSet, error: DynacutError) -> None:
         """After a failure: everything as before, or the error says that this is not known.
@@ -297,12 +251,7 @@ class Patcher:
                 return
             self._drop(replace(patches, drop=untouched(self.process, patches.add)))
             if patches.had_handler:
-                write_all(self.process, found.region, patches.before_user.writes())
-                write_all(
-                    self.process,
-                    found.region,
-                    found.table.update(patches.before_features, patches.before_sites),
-                )
+                put_contents_back(self.process, found, patches)
             else:
                 self.restart_clock()
                 self._remove(found.region, found.table)
@@ -349,24 +298,3 @@ def _by_way(edits: Sequence[ByteEdit]) -> tuple[list[ByteEdit], list[ByteEdit]]:
     for edit in edits:
         ways[not (len(edit.new) == 1 and _INT3 in (edit.new[0], edit.old[0]))].append(edit)
     return ways
-
-
-@contextmanager
-def locked(pid: int) -> Iterator[None]:
-    """Keeps other dynacut processes from patching the same process; the lock goes with this process, however it ends.
-
-    Raises:
-        DynacutError: another one holds it, or the process is gone.
-    """
-    try:
-        file = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        raise gone(pid) from None
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DynacutError(f"another dynacut is changing process {pid}", "try again when it has ended") from None
-        yield
-    finally:
-        os.close(file)

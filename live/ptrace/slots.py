@@ -1,41 +1,20 @@
-"""Writing to the region: its table, and the slots behind the handler that stubs run in."""
+"""The slots behind the handler in a region, that stubs run in."""
 
 from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-from dynacut.handlers.table import FIRST_SLOT, MAGIC, RETIRED_MAGICS, SLOT_COUNT, SLOT_DONE_OFFSET, SLOT_SIZE, Write
+from dynacut.handlers.table import FIRST_SLOT, SLOT_COUNT, SLOT_DONE_OFFSET, SLOT_SIZE
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.region import Region
-from dynacut.shared.target import Target
+from dynacut.shared.target import Writable
 
 _RECYCLING_AGE_NS = 100_000_000
 _STAMP = struct.Struct("<Q")
 MAX_STUB_SIZE = SLOT_SIZE - _STAMP.size
-
-
-class Writable(Target, Protocol):
-    """A process whose memory can be written to, whatever the protection there."""
-
-    def write(self, address: int, data: bytes) -> None:
-        """Writes bytes at an address; DynacutError if they are not all mapped."""
-
-
-def write_all(process: Writable, region: Region, writes: Iterable[Write]) -> None:
-    """Writes to the table, in order."""
-    for write in writes:
-        if write.data:
-            process.write(region.table + write.offset, write.data)
-
-
-def retire(process: Writable, region: Region) -> None:
-    """Marks a table whose contents moved elsewhere."""
-    magic = process.read(region.table, len(MAGIC))
-    process.write(region.table, RETIRED_MAGICS.get(magic, magic))
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
-from dynacut.shared.apply import SIGTRAP_BIT
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.occupancy import Occupancy, SignalFrames
+from dynacut.shared.occupancy import Occupancy
 from dynacut.shared.patch_set import ByteEdit
 from dynacut.shared.proc import thread_ids
 from dynacut.shared.rollback import standing_edits
-from dynacut.shared.target import PAGE_SIZE
+from dynacut.shared.signal_frames import SignalFrames
+from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT
 
 _INT3 = 0xCC
 _STOP_TIMEOUT = 0.5

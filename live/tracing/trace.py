@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from dynacut.handlers.table import TRACE_MAGIC, Action, Table, TableSite
+from dynacut.live.lock import locked
 from dynacut.live.process import Process
-from dynacut.live.ptrace.patcher import Patcher, locked
+from dynacut.live.ptrace.patcher import Patcher
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.sharers import sharers
 from dynacut.live.tracing.traceable import check_traceable

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from dynacut.live.admission import admit
+from dynacut.live.lock import locked
 from dynacut.live.process import Process
-from dynacut.live.ptrace.patcher import locked
 from dynacut.live.tracing.trace import Trace, has_trace
 from dynacut.live.tree import descendants
 from dynacut.shared.coverage.coverage import Coverage

@@ -13,11 +13,11 @@ from dynacut.offline.images.memory import ImageFile, Memory, open_mapped, read_v
 from dynacut.offline.images.pages import Pages
 from dynacut.offline.images.schema import Message, MmEntry
 from dynacut.offline.images.tree import CORE_MAGIC, read_core
-from dynacut.shared.apply import Area
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Hole
 from dynacut.shared.modules import called_name, modules_of
+from dynacut.shared.stopped import Area
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 
 MM_MAGIC = 0x57492820
@@ -166,6 +166,11 @@ class ImageProcess:
         except DynacutError:
             return ()
         return tuple(os.fsdecode(argument) for argument in data.split(b"\0")[:-1])
+
+    @property
+    def started(self) -> int:
+        """Not known, as of its threads."""
+        return 0
 
     @property
     def label(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import subprocess
 import sys
 import threading
@@ -60,6 +62,41 @@ def job(*command: str | Path, **options: object) -> Iterator[int]:
     finally:
         _end(pid)
         process.poll()
+
+
+class ByFifos:
+    """A program that answers each line with one line, through named pipes: restored, it has them open again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._ends = []
+        for name in ("requests", "answers"):
+            os.mkfifo(folder / name)
+            self._ends.append(os.open(folder / name, os.O_RDWR))
+        self._answers = b""
+
+    @contextmanager
+    def started(self, executable: Path) -> Iterator[int]:
+        """Its pid; it has said `ready`. What runs by that pid in the end is ended."""
+        with job(executable, stdin=self._ends[0], stdout=self._ends[1]) as pid:
+            try:
+                assert self._line() == "ready"
+                yield pid
+            finally:
+                for end in self._ends:
+                    os.close(end)
+
+    def ask(self, line: str) -> str:
+        """Sends a line and returns the answer; TimeoutError when none comes."""
+        os.write(self._ends[0], line.encode() + b"\n")
+        return self._line()
+
+    def _line(self) -> str:
+        while b"\n" not in self._answers:
+            if not select.select([self._ends[1]], [], [], 10)[0]:
+                raise TimeoutError("the program says nothing")
+            self._answers += os.read(self._ends[1], 4096)
+        line, _, self._answers = self._answers.partition(b"\n")
+        return line.decode()
 
 
 @contextmanager

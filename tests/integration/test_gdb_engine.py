@@ -40,6 +40,8 @@ from .test_live_redis import (
 )
 from .test_masks import (  # noqa: F401
     test_a_mask_hidden_behind_a_temporary_one_is_repaired,
+    test_a_mask_in_the_frame_of_a_handler_is_put_back,
+    test_a_mask_that_comes_back_with_the_return_from_a_handler_is_repaired,
     test_a_sigtrap_from_outside_shows_no_more_than_without_dynacut,
     test_an_undo_brings_sigtraps_action_back_to_the_last_bit,
     test_threads_and_handlers_that_block_sigtrap_survive_hits_and_get_their_masks_back,
@@ -75,6 +77,8 @@ from .test_threads import (  # noqa: F401
 
 _BY_GDBSERVER_TOO = (
     "test_a_block_that_a_thread_will_return_into_is_not_overwritten",
+    "test_a_mask_in_the_frame_of_a_handler_is_put_back",
+    "test_a_mask_that_comes_back_with_the_return_from_a_handler_is_repaired",
     "test_a_thousand_times_off_and_on_under_load",
     "test_a_vfork_parent_is_refused_and_goes_on_afterwards",
     "test_both_engines_leave_the_same_bytes",

@@ -7,7 +7,6 @@ import re
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,7 +233,7 @@ def table_of(target: Target) -> tuple[int, bytes, object]:
     data[SLOT_DONE_OFFSET : SLOT_DONE_OFFSET + SLOT_COUNT] = bytes(SLOT_COUNT)
     data[layout.repairs : layout.counters] = bytes(layout.counters - layout.repairs)
     repairs = [
-        replace(repair, start_time=0) if repair.kind is RepairKind.THREAD_MASK else repair
+        repair._replace(start_time=0) if repair.kind is RepairKind.THREAD_MASK else repair
         for repair in found.table.repairs
     ]
     return found.region.table, bytes(data), repairs

@@ -19,7 +19,7 @@ import pytest
 
 from dynacut.live import admission
 from dynacut.live.freezer import freezing_cgroup
-from dynacut.live.ptrace.patcher import locked
+from dynacut.live.lock import locked
 from dynacut.live.ptrace.tracee import Tracee
 from dynacut.shared.proc import task_status, thread_ids
 

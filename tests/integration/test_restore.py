@@ -25,10 +25,10 @@ from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import children, task_status, thread_ids
 from dynacut.shared.target import SIGTRAP
 
-from .checkpoints import job, reaping, shell_job, the_criu
+from .checkpoints import ByFifos, job, reaping, shell_job, the_criu
 from .conftest import Dynacut
 from .load import Load
-from .programs import compile_program
+from .programs import DENIED, compile_program, feature
 from .servers import Lighttpd, Nginx, Redis, is_gone, is_running, wait_until
 
 
@@ -359,6 +359,38 @@ def _being_made(masks: dict[int, int]) -> list[int]:
 
 def _traps_blocked(masks: dict[int, int]) -> list[int]:
     return [tid for tid, mask in masks.items() if mask >> (SIGTRAP - 1) & 1]
+
+
+@pytest.mark.usefixtures("criu")
+@pytest.mark.parametrize("undone", ["in the handler", "after its return"])
+@pytest.mark.parametrize("where", ["in the process", "in the image"])
+def test_a_mask_in_the_frame_of_a_handler_is_repaired_in_an_image_and_put_back(
+    dynacut: Dynacut, tmp_path: Path, undone: str, where: str
+) -> None:
+    """A thread waits in a handler, and blocks SIGTRAP again when it returns; in the end it does, else it must not."""
+    target = ByFifos(tmp_path)
+    with target.started(compile_program("lingering", tmp_path)) as pid:
+        _through_an_image(pid, dynacut, tmp_path / "1", "--disable", "feature", "--on-hit", "redirect=denied")
+        if undone == "after its return":
+            assert target.ask("return") == "returned"
+            assert target.ask("blocks") == "0"
+            assert target.ask("feature 3") == str(DENIED)
+        if where == "in the process":
+            dynacut.json("live", "--pid", pid, "--undo")
+        else:
+            _through_an_image(pid, dynacut, tmp_path / "2", "--undo")
+        if undone == "in the handler":
+            assert target.ask("return") == "returned"
+        assert target.ask("blocks") == "1"
+        assert target.ask("feature 3") == str(feature(3))
+
+
+def _through_an_image(pid: int, dynacut: Dynacut, folder: Path, *what: str) -> None:
+    folder.mkdir()
+    with reaping([pid]):
+        dynacut.json("checkpoint", "--pid", pid, folder / "image")
+    dynacut.json("offline", folder / "image", *what, "-o", folder / "changed")
+    dynacut.json("restore", folder / "changed")
 
 
 @pytest.mark.usefixtures("criu")

@@ -8,8 +8,9 @@ from typing import cast
 
 from test_sites import BASE, new_target
 
-from dynacut.shared.occupancy import NO_FRAMES, Occupancy
+from dynacut.shared.occupancy import Occupancy
 from dynacut.shared.patch_set import ByteEdit
+from dynacut.shared.signal_frames import NO_FRAMES
 from dynacut.shared.target import Mapping, Target
 
 EDIT = ByteEdit(BASE + 0x1100, bytes(8), bytes(range(8)))
