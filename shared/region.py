@@ -35,6 +35,8 @@ _SA_RESTART = 0x10000000
 _SA_NODEFER = 0x40000000
 _PLACE_MASK = ~0x1FFFFF
 """Places begin where a page table does."""
+MAX_REGIONS = 1024
+"""Of one kind in a target: each was too small for what came after it, and stays mapped. Emptied ones are used again."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,38 @@ def is_our_handler(target: Target, handler: int, magic: bytes = MAGIC) -> bool:
     return any(region.handler == handler for region, _ in _regions(target, magic))
 
 
+def check_room_for_region(target: Target, magic: bytes = MAGIC) -> None:
+    """Returns if one more region of a kind may be mapped.
+
+    Raises:
+        DynacutError: there would be more than are looked at.
+    """
+    if sum(1 for _ in _regions(target, magic)) >= MAX_REGIONS:
+        raise DynacutError(
+            f"{target.label} has {MAX_REGIONS:,} of dynacut's tables, and needs another one",
+            "--undo empties the one in force, which can be used again then; a restart of the program removes all",
+        )
+
+
 def _regions(target: Target, magic: bytes) -> Iterator[tuple[Region, bytes]]:
-    """Every region of a kind, outgrown ones too, with the magic and version of its table."""
+    """Every region of a kind, outgrown ones too, with the magic and version of its table.
+
+    Raises:
+        DynacutError: there are more than dynacut makes.
+    """
     mappings = target.mappings
+    count = 0
     for code, table in pairwise(mappings):
         if not _looks_like_region(code, table):
             continue
         head = target.read(table.start, VERSION_OFFSET + 4)
         if head[:VERSION_OFFSET] in (magic, RETIRED_MAGICS[magic]):
+            count += 1
+            if count > MAX_REGIONS:
+                raise DynacutError(
+                    f"{target.label} has more than {MAX_REGIONS:,} of what look like dynacut's tables",
+                    "dynacut makes no such number of them: somebody else did; restart the program",
+                )
             yield Region(table.start - CODE_SIZE, table.size), head
 
 

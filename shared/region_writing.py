@@ -18,6 +18,7 @@ from dynacut.shared.patch_set import PatchSet
 from dynacut.shared.region import (
     FoundRegion,
     Region,
+    check_room_for_region,
     find_region,
     layout_for,
     new_table,
@@ -58,6 +59,7 @@ def prepare_region(
     if found is not None and old is None and found.region.table_size == layout.size:
         region = found.region  # mapped by a patcher that was killed before it filled it
     else:
+        check_room_for_region(target, magic)
         region = map_region(layout, patches.library.range if patches.library else range(0))
     target.write(region.code, handler_code())
     write_table(target, region, new_table(layout, old, patches.features, patches.sites))
