@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAGIC = b"dynacut\0"
 TRACE_MAGIC = b"dyntrac\0"
@@ -102,6 +103,66 @@ class Layout:
         size = pages(heap + heap_capacity)
         counters = size if shared else counters
         return cls(site_capacity, heap_capacity, features, repairs, counters, (first, second), heap, size, shared)
+
+
+class Header(NamedTuple):
+    """The fixed part of a table, in the order of FIXED. The last six are offsets from the table's start."""
+
+    magic: bytes
+    version: int
+    generation: int
+    size: int
+    serial: int
+    site_capacity: int
+    feature_capacity: int
+    heap_capacity: int
+    repair_capacity: int
+    repair_count: int
+    features: int
+    repairs: int
+    counters: int
+    heap: int
+    first_sites: int
+    second_sites: int
+
+    def pack(self) -> bytes:
+        """The bytes that a table begins with."""
+        return FIXED.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Header:
+        """Reads what a table's first HEADER_SIZE bytes say; layout() tells whether they are a table's.
+
+        Raises:
+            TableError: they are fewer.
+        """
+        if len(data) < HEADER_SIZE:
+            raise TableError("no dynacut table")
+        return cls(*FIXED.unpack_from(data))
+
+    def layout(self) -> Layout:
+        """Where things lie in the table.
+
+        Raises:
+            TableError: it is none, of another version, or its parts do not lie where they should.
+        """
+        if self.magic not in (MAGIC, TRACE_MAGIC):
+            raise TableError("no dynacut table")
+        if self.version != VERSION:
+            raise TableError(f"a dynacut table of version {self.version}; this program knows version {VERSION}")
+        if not (
+            0 < self.site_capacity <= MAX_SITE_CAPACITY
+            and 0 < self.heap_capacity <= MAX_HEAP_CAPACITY
+            and self.feature_capacity == FEATURE_CAPACITY
+            and self.repair_capacity == REPAIR_CAPACITY
+            and self.repair_count <= REPAIR_CAPACITY
+        ):
+            raise TableError("the table's capacities are out of range")
+        layout = Layout.of_capacities(self.site_capacity, self.heap_capacity, shared=self.counters == self.size)
+        offsets = (layout.features, layout.repairs, layout.counters, layout.heap, *layout.sites)
+        if self[-len(offsets) :] != offsets or self.size != layout.size:
+            raise TableError("the table's parts do not lie where they should")
+        return layout
 
 
 def pages(size: int) -> int:

@@ -19,7 +19,6 @@ from dynacut.handlers.layout import (
     CODE_SIZE,
     FEATURE_CAPACITY,
     FIRST_SLOT,
-    FIXED,
     GENERATION_OFFSET,
     HEADER_SIZE,
     INPUT_OFFSET,
@@ -31,7 +30,6 @@ from dynacut.handlers.layout import (
     NAME_SIZE,
     OBSERVED_OFFSET,
     OUTPUT_OFFSET,
-    PAGE,
     PREVIOUS_OFFSET,
     REPAIR,
     REPAIR_CAPACITY,
@@ -45,10 +43,12 @@ from dynacut.handlers.layout import (
     USER_OFFSET,
     VERSION,
     VERSION_OFFSET,
+    Header,
     Layout,
     TableError,
     TableFullError,
 )
+from dynacut.handlers.parts import Bank, Placed, pack_name, pack_repairs, unpack_names, unpack_repairs, unpack_sites
 from dynacut.handlers.records import NO_LIBRARY, Action, KernelAction, Repair, RepairKind, TableSite, UserLibrary, Write
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "VERSION",
     "VERSION_OFFSET",
     "Action",
+    "Header",
     "KernelAction",
     "Layout",
     "Repair",
@@ -93,29 +94,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A site with its places in counters and heap."""
-
-    site: TableSite
-    counter: int
-    bytes_offset: int
-
-    def pack(self, feature: int) -> bytes:
-        """The site's record; feature: the index of its feature's name."""
-        site = self.site
-        return SITE.pack(
-            site.address,
-            site.argument,
-            self.counter,
-            self.bytes_offset,
-            feature,
-            len(site.old),
-            site.size,
-            site.action,
-        )
-
-
 @dataclass(frozen=True)
 class Table:
     """What a table says: the features, and the sites by ascending address."""
@@ -124,7 +102,7 @@ class Table:
     generation: int
     serial: int
     features: tuple[str, ...]
-    placed: tuple[_Placed, ...]
+    placed: tuple[Placed, ...]
     heap_used: int
     counter_count: int
     observed: KernelAction
@@ -145,24 +123,25 @@ class Table:
     def header(self) -> Write:
         """The fixed part of a new table behind its magic: everything but what update() writes."""
         layout = self.layout
-        fixed = FIXED.pack(
-            MAGIC,
-            VERSION,
-            self.generation,
-            layout.size,
-            self.serial,
-            layout.site_capacity,
-            FEATURE_CAPACITY,
-            layout.heap_capacity,
-            REPAIR_CAPACITY,
-            len(self.repairs),
-            layout.features,
-            layout.repairs,
-            layout.counters,
-            layout.heap,
-            *layout.sites,
+        header = Header(
+            magic=MAGIC,
+            version=VERSION,
+            generation=self.generation,
+            size=layout.size,
+            serial=self.serial,
+            site_capacity=layout.site_capacity,
+            feature_capacity=FEATURE_CAPACITY,
+            heap_capacity=layout.heap_capacity,
+            repair_capacity=REPAIR_CAPACITY,
+            repair_count=len(self.repairs),
+            features=layout.features,
+            repairs=layout.repairs,
+            counters=layout.counters,
+            heap=layout.heap,
+            first_sites=layout.sites[0],
+            second_sites=layout.sites[1],
         )
-        return Write(8, fixed[8:])
+        return Write(len(MAGIC), header.pack()[len(MAGIC) :])
 
     def update(self, features: Sequence[str], sites: Sequence[TableSite]) -> Iterator[Write]:
         """The writes, in their order, that make the table hold just these features and sites.
@@ -191,7 +170,7 @@ class Table:
         feature_index = {name: index for index, name in enumerate(features)}
         records = b"".join(one.pack(feature_index[one.site.feature]) for one in placed)
 
-        names = b"".join(_pack_name(name) for name in features)
+        names = b"".join(pack_name(name) for name in features)
         generation = (self.generation + 1) & 0xFF
         bank = generation & 1
         yield Write(layout.features + bank * FEATURE_CAPACITY * NAME_SIZE, names)
@@ -205,7 +184,7 @@ class Table:
         )
         yield Write(GENERATION_OFFSET, bytes([generation]))
 
-    def _place(self, sites: Sequence[TableSite], heap_used: int) -> tuple[list[_Placed], bytes]:
+    def _place(self, sites: Sequence[TableSite], heap_used: int) -> tuple[list[Placed], bytes]:
         """The sites in order, known ones where they are, new ones where nothing is yet; and the bytes these save."""
         known = {placed.site: placed for placed in self.placed}
         used_counters = {placed.counter for placed in self.placed}
@@ -215,7 +194,7 @@ class Table:
         for site in sorted(sites, key=TableSite.key):
             one = known.get(site)
             if one is None:
-                one = _Placed(site, next(free_counters), heap_used + len(heap))
+                one = Placed(site, next(free_counters), heap_used + len(heap))
                 heap += site.old + (site.new if site.action == Action.EDIT else b"")
             placed.append(one)
         return placed, bytes(heap)
@@ -232,7 +211,7 @@ class Table:
         """The writes, in their order, that make the table record just these repairs, the count last."""
         if len(repairs) > REPAIR_CAPACITY:
             raise TableFullError(f"{len(repairs)} repaired signal masks, room for {REPAIR_CAPACITY}")
-        yield Write(self.layout.repairs, _pack_repairs(repairs))
+        yield Write(self.layout.repairs, pack_repairs(repairs))
         yield Write(REPAIR_COUNT_OFFSET, struct.pack("<I", len(repairs)))
 
     def further_repair_writes(self, repairs: Sequence[Repair]) -> Iterator[Write]:
@@ -241,54 +220,20 @@ class Table:
         if count + len(repairs) > REPAIR_CAPACITY:
             raise TableFullError(f"{count + len(repairs)} repaired signal masks, room for {REPAIR_CAPACITY}")
         if repairs:
-            yield Write(self.layout.repairs + count * REPAIR.size, _pack_repairs(repairs))
+            yield Write(self.layout.repairs + count * REPAIR.size, pack_repairs(repairs))
             yield Write(REPAIR_COUNT_OFFSET, struct.pack("<I", count + len(repairs)))
 
     @staticmethod
-    def serial_of(data: bytes) -> int:
-        """The serial that a table's first HEADER_SIZE bytes have."""
-        serial: int = FIXED.unpack_from(data)[4]
-        return serial
-
-    @staticmethod
     def counters_of(data: bytes) -> dict[int, int]:
-        """The index of the hit counter of each site's address, of the bytes of a whole table."""
-        layout = Table.layout_of(data)
-        bank = data[GENERATION_OFFSET] & 1
-        count, *_ = BANK.unpack_from(data, BANKS_OFFSET + bank * BANK.size)
-        start = layout.sites[bank]
-        records = SITE.iter_unpack(data[start : start + count * SITE.size])
-        return {address: counter for address, _, counter, *_ in records}
-
-    @classmethod
-    def layout_of(cls, data: bytes) -> Layout:
-        """The layout that a table's first HEADER_SIZE bytes describe.
+        """The index of the hit counter of each site's address, of the bytes of a whole table.
 
         Raises:
-            TableError: they are not a table's, or its parts do not lie where they should.
+            TableError: they are not a table's.
         """
-        if len(data) < HEADER_SIZE:
-            raise TableError("no dynacut table")
-        (magic, version, _, size, _, site_capacity, feature_capacity, heap_capacity, repair_capacity,
-         repair_count, *offsets) = FIXED.unpack_from(data)  # fmt: skip
-        if magic not in (MAGIC, TRACE_MAGIC):
-            raise TableError("no dynacut table")
-        if version != VERSION:
-            raise TableError(f"a dynacut table of version {version}; this program knows version {VERSION}")
-        if not (
-            0 < site_capacity <= MAX_SITE_CAPACITY
-            and 0 < heap_capacity <= MAX_HEAP_CAPACITY
-            and feature_capacity == FEATURE_CAPACITY
-            and repair_capacity == REPAIR_CAPACITY
-            and repair_count <= REPAIR_CAPACITY
-        ):
-            raise TableError("the table's capacities are out of range")
-        counters = offsets[2]
-        layout = Layout.of_capacities(site_capacity, heap_capacity, shared=counters == size)
-        placed_offsets = [layout.features, layout.repairs, layout.counters, layout.heap, *layout.sites]
-        if offsets != placed_offsets or size != layout.size:
-            raise TableError("the table's parts do not lie where they should")
-        return layout
+        header = Header.unpack(data)
+        bank = Bank.unpack(data, header.generation)
+        records = SITE.iter_unpack(bank.site_records(data, header.layout()))
+        return {address: counter for address, _, counter, *_ in records}
 
     @classmethod
     def parse(cls, data: bytes, address: int) -> Table:
@@ -300,120 +245,30 @@ class Table:
         Raises:
             TableError: the bytes are not a table, or its parts do not fit together.
         """
-        layout = cls.layout_of(data)
-        (_, _, generation, _, serial, site_capacity, _, heap_capacity, _, repair_count, *_) = FIXED.unpack_from(data)
+        header = Header.unpack(data)
+        layout = header.layout()
         if len(data) < layout.total_size:
             raise TableError("the table is cut off")
-        site_count, feature_count, heap_used, counter_count = BANK.unpack_from(
-            data, BANKS_OFFSET + (generation & 1) * BANK.size
-        )
-        if (
-            site_count > site_capacity
-            or feature_count > FEATURE_CAPACITY
-            or heap_used > heap_capacity
-            or counter_count > site_capacity + 1
-        ):
-            raise TableError("the table's counts are out of range")
-        names = layout.features + (generation & 1) * FEATURE_CAPACITY * NAME_SIZE
-        features = tuple(_unpack_name(data, names + NAME_SIZE * index) for index in range(feature_count))
-        placed = tuple(_parse_sites(data, layout, generation & 1, site_count, features, heap_used, counter_count))
-        repairs = []
-        for index in range(repair_count):
-            kind, identity, start_time, mask = REPAIR.unpack_from(data, layout.repairs + index * REPAIR.size)
-            if kind not in (RepairKind.THREAD_MASK, RepairKind.SIGNAL_MASK):
-                raise TableError(f"a repair of unknown kind {kind}")
-            repairs.append(Repair(RepairKind(kind), identity, start_time, mask))
+        bank = Bank.unpack(data, header.generation)
+        bank.check(layout)
+        features = unpack_names(data, layout, bank)
         observed = KernelAction.unpack(data, OBSERVED_OFFSET)
         previous = KernelAction.unpack(data, PREVIOUS_OFFSET)
         if observed.handler != address - CODE_SIZE + HANDLER_ENTRY:
             previous = observed  # the patcher was killed before it copied what the kernel had written
         return cls(
             layout,
-            generation,
-            serial,
+            header.generation,
+            header.serial,
             features,
-            placed,
-            heap_used,
-            counter_count,
+            tuple(unpack_sites(data, layout, bank, features)),
+            bank.heap_used,
+            bank.counter_count,
             observed,
             previous,
-            tuple(repairs),
+            unpack_repairs(data, layout, header.repair_count),
             UserLibrary.unpack(data),
         )
-
-
-def _parse_sites(
-    data: bytes,
-    layout: Layout,
-    bank: int,
-    count: int,
-    features: tuple[str, ...],
-    heap_used: int,
-    counter_count: int,
-) -> Iterator[_Placed]:
-    start = layout.sites[bank]
-    end = unmapped_end = saved = ranges = 0
-    actions = {int(action): action for action in Action}  # a trace has 84,000 sites: Action(number) takes a third of it
-    for fields in SITE.iter_unpack(data[start : start + count * SITE.size]):
-        address, argument, counter, bytes_offset, feature, length, size, number = fields
-        action = actions.get(number)
-        if action is None:
-            raise TableError(f"a site with unknown action {number}")
-        needed = 2 * length if action == Action.EDIT else length
-        is_range = action in (Action.UNMAP, Action.MAP)
-        # Each site has saved bytes of its own, and no page is taken away twice: else a table could name gigabytes.
-        saved += needed
-        ranges += is_range
-        if (
-            saved > heap_used
-            or ranges > MAX_RANGES
-            or (action == Action.UNMAP and address < unmapped_end)
-            or (address < end and not is_range)
-            or (length == 0) is not is_range
-            or (is_range and not _is_page_range(address, argument))
-            or address + length >= 1 << 64
-            or counter >= counter_count
-            or feature >= len(features)
-            or bytes_offset + needed > heap_used
-        ):
-            raise TableError(f"the entry of site {address:#x} does not fit the table")
-        end = max(end, address + length)
-        unmapped_end = address + argument if action == Action.UNMAP else unmapped_end
-        old = bytes(data[layout.heap + bytes_offset : layout.heap + bytes_offset + length])
-        new = b"\xcc" * length
-        if action == Action.EDIT:
-            new = bytes(data[layout.heap + bytes_offset + length : layout.heap + bytes_offset + needed])
-        (hits,) = struct.unpack_from("<Q", data, layout.counters + 8 * counter)
-        order = 0
-        if action == Action.LEARN:
-            hits, order = min(hits, 1), hits
-        site = TableSite(address, features[feature], action, argument, size, old, new, hits, order)
-        yield _Placed(site, counter, bytes_offset)
-
-
-def _pack_repairs(repairs: Sequence[Repair]) -> bytes:
-    return b"".join(REPAIR.pack(*repair) for repair in repairs)
-
-
-def _pack_name(name: str) -> bytes:
-    encoded = name.encode()
-    if not encoded or len(encoded) >= NAME_SIZE or 0 in encoded:
-        raise ValueError(f"a feature's name has 1 to {NAME_SIZE - 1} bytes: {name!r}")
-    return encoded.ljust(NAME_SIZE, b"\0")
-
-
-def _unpack_name(data: bytes, offset: int) -> str:
-    try:
-        name = bytes(data[offset : offset + NAME_SIZE]).split(b"\0", 1)[0].decode()
-    except UnicodeDecodeError:
-        name = ""
-    if not name or not name.isprintable():
-        raise TableError("a feature's name is not readable")
-    return name
-
-
-def _is_page_range(address: int, size: int) -> bool:
-    return address % PAGE == 0 and size % PAGE == 0 and size > 0 and address + size <= 1 << 47
 
 
 def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ from dynacut.handlers.table import (
     PREVIOUS_OFFSET,
     RETIRED_MAGICS,
     VERSION_OFFSET,
+    Header,
     KernelAction,
     Layout,
     Table,
@@ -119,13 +120,13 @@ def find_layout(target: Target, magic: bytes = MAGIC) -> tuple[Region, Layout] |
     for region, head in _regions(target, magic):
         if not head.startswith(magic) or _is_empty(head, magic):
             continue
-        header = target.read(region.table, HEADER_SIZE)
         try:
-            layout = Table.layout_of(header)
+            header = Header.unpack(target.read(region.table, HEADER_SIZE))
+            layout = header.layout()
         except TableError as error:
             raise _unusable(target, region, error) from error
-        if best is None or Table.serial_of(header) > best[0]:
-            best = Table.serial_of(header), region, layout
+        if best is None or header.serial > best[0]:
+            best = header.serial, region, layout
     return best[1:] if best else None
 
 
@@ -209,7 +210,7 @@ def read_table(target: Target, region: Region) -> Table:
         DynacutError: it is damaged, or of another version.
     """
     try:
-        layout = Table.layout_of(target.read(region.table, HEADER_SIZE))
+        layout = Header.unpack(target.read(region.table, HEADER_SIZE)).layout()
         return Table.parse(target.read(region.table, layout.total_size), region.table)
     except TableError as error:
         raise _unusable(target, region, error) from None

@@ -471,6 +471,18 @@ def test_as_much_as_fits_is_taken() -> None:
     assert len(memory.table().repairs) == REPAIR_CAPACITY
 
 
+def test_further_repairs_come_behind_those_on_record() -> None:
+    memory = Memory()
+    repairs = [Repair(RepairKind.THREAD_MASK, tid, 5, 1 << 4) for tid in range(4)]
+    memory.write(memory.table().repair_writes(repairs[:1]))
+    memory.write(memory.table().further_repair_writes([]))
+    check_every_instant(memory, list(memory.table().further_repair_writes(repairs[1:])))
+    assert memory.table().repairs == tuple(repairs)
+    memory.write(memory.table().repair_writes(repairs[:1] * REPAIR_CAPACITY))
+    with pytest.raises(TableFullError):
+        list(memory.table().further_repair_writes(repairs[:1]))
+
+
 def test_no_layout_is_larger_than_the_limits() -> None:
     assert Layout.for_contents(MAX_SITE_CAPACITY // 2, MAX_HEAP_CAPACITY // 2).site_capacity == MAX_SITE_CAPACITY
     for count, heap in ((MAX_SITE_CAPACITY // 2 + 1, 0), (0, MAX_HEAP_CAPACITY // 2 + 1)):
@@ -591,6 +603,16 @@ def test_more_ranges_than_mappings_are_possible_are_refused() -> None:
     many = [(PAGE * (index + 1), PAGE, 0, 0, 0, 0, 0, Action.MAP) for index in range(MAX_RANGES + 1)]
     with pytest.raises(TableError, match="does not fit the table"):
         Table.parse(raw_table(many, 0), ADDRESS)
+
+
+@pytest.mark.parametrize("number", [0, 65, 0xFFFF_FFFF])
+def test_a_repair_of_a_signal_that_there_is_not_is_refused(number: int) -> None:
+    memory = Memory()
+    memory.write(memory.table().repair_writes([Repair(RepairKind.SIGNAL_MASK, 64, 0, 1 << 4)]))
+    assert memory.table().repairs[0].id == 64
+    memory.write(memory.table().repair_writes([Repair(RepairKind.SIGNAL_MASK, number, 0, 1 << 4)]))
+    with pytest.raises(TableError, match=f"signal {number}, which there is not"):
+        memory.table()
 
 
 def test_large_counts_in_a_small_table_take_no_memory() -> None:
