@@ -18,7 +18,8 @@ from dynacut.live.process import Process, gone
 from dynacut.live.ptrace.ptrace_call import PTRACE_SECCOMP_GET_FILTER, call
 from dynacut.live.ptrace.resumption import makes_restart_syscall
 from dynacut.live.ptrace.stop_clock import StopClock
-from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee, prompt_stops
+from dynacut.live.ptrace.stops import prompt_stops
+from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.seccomp import Call, Filter, MalformedFilterError

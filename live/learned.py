@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dynacut.live.admission import admit
 from dynacut.live.process import Process
-from dynacut.live.ptrace.tracee import prompt_stops
+from dynacut.live.ptrace.stops import prompt_stops
 from dynacut.live.ptrace.window import all_stopped
 from dynacut.live.tree import descendants
 from dynacut.shared.coverage.coverage import Coverage

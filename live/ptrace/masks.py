@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.table import REPAIR_CAPACITY, KernelAction, Repair, RepairKind, Table
 from dynacut.live.process import Process, gone
-from dynacut.live.ptrace.shots import Remote
+from dynacut.live.ptrace.remote import Remote
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.ptrace.urgency import urgent

@@ -6,7 +6,7 @@ import time
 
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace.stop_clock import StopClock
-from dynacut.live.ptrace.tracee import each_stopped
+from dynacut.live.ptrace.stops import each_stopped
 from dynacut.shared.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.shared.region import Region
 from dynacut.shared.target import SIGTRAP_BIT

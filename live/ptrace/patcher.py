@@ -19,9 +19,10 @@ from dynacut.live.own_memory import await_own_memory
 from dynacut.live.process import Process, gone
 from dynacut.live.ptrace import masks
 from dynacut.live.ptrace.passage import all_seen_outside
-from dynacut.live.ptrace.shots import Remote
+from dynacut.live.ptrace.remote import Remote
+from dynacut.live.ptrace.shots import Shots
 from dynacut.live.ptrace.stop_clock import StopClock
-from dynacut.live.ptrace.tracee import prompt_stops
+from dynacut.live.ptrace.stops import prompt_stops
 from dynacut.live.ptrace.window import write_in_window
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.added import untouched
@@ -78,7 +79,8 @@ class Patcher:
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.timeout
-        self._remote = Remote(self.process, self.clock, self._deadline)
+        self._shots = Shots(self.process, self.clock, self._deadline)
+        self._remote = Remote(self.process, self._shots)
 
     def restart_clock(self) -> None:
         """Lets the timeout count from now: it is for waiting for threads.
@@ -86,7 +88,7 @@ class Patcher:
         For a trace's 84,000 sites the work before that takes seconds on a busy machine, and would leave no time: of
         threads that nobody has looked at it would be said that they stay.
         """
-        self._deadline = self._remote.deadline = time.monotonic() + self.timeout
+        self._deadline = self._shots.deadline = time.monotonic() + self.timeout
 
     def table(self) -> Table | None:
         """What the process's table says; None if it has none."""

@@ -38,6 +38,9 @@ _OFFSETS = {name: 8 * index for index, name in enumerate(REGISTER_NAMES)}
 _WORD = struct.Struct("<Q")
 _SIGNED_WORD = struct.Struct("<q")
 
+_SIGINFO_SIZE = 128
+_PEEKED = 32
+
 # PyDLL keeps the interpreter's lock, which a call that does not wait need not give back.
 _ptrace = ctypes.PyDLL(None, use_errno=True).ptrace
 _ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
@@ -68,6 +71,59 @@ def peek(tid: int, address: int) -> bytes:
     if word == -1 and (number := ctypes.get_errno()) != 0:
         raise OSError(number, os.strerror(number))
     return _SIGNED_WORD.pack(word)
+
+
+class _PeekArguments(ctypes.Structure):
+    _fields_ = (("off", ctypes.c_uint64), ("flags", ctypes.c_uint32), ("nr", ctypes.c_int32))
+
+
+class _RseqConfiguration(ctypes.Structure):
+    _fields_ = (
+        ("pointer", ctypes.c_uint64),
+        ("size", ctypes.c_uint32),
+        ("signature", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+# Everything between stop and detachment counts in microseconds: buffers are made beforehand.
+_PEEKS = (_PeekArguments(0, 0, _PEEKED), _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED))
+_PEEK_ADDRESSES = tuple(map(ctypes.addressof, _PEEKS))
+_RSEQ = _RseqConfiguration()
+_RSEQ_SIZE, _RSEQ_ADDRESS = ctypes.sizeof(_RSEQ), ctypes.addressof(_RSEQ)
+_SIGINFOS = ctypes.create_string_buffer(_SIGINFO_SIZE * _PEEKED)
+_SIGINFOS_ADDRESS = ctypes.addressof(_SIGINFOS)
+_SIGNAL_NUMBER = struct.Struct("<i")
+
+
+def pending_signals(tid: int) -> int:
+    """The signals that wait for a stopped thread or its process; bit N-1 for N.
+
+    Raises:
+        OSError: as call().
+    """
+    pending = 0
+    for arguments in _PEEK_ADDRESSES:
+        count = call(PTRACE_PEEKSIGINFO, tid, arguments, _SIGINFOS_ADDRESS)
+        for start in range(0, count * _SIGINFO_SIZE, _SIGINFO_SIZE):
+            pending |= 1 << (_SIGNAL_NUMBER.unpack_from(_SIGINFOS, start)[0] - 1)
+    return pending
+
+
+def rseq_area(tid: int) -> int:
+    """The address of a stopped thread's struct rseq (rseq(2)); 0 if it has none or the kernel does not tell.
+
+    Raises:
+        ProcessLookupError: as call().
+    """
+    try:
+        call(PTRACE_GET_RSEQ_CONFIGURATION, tid, _RSEQ_SIZE, _RSEQ_ADDRESS)
+    except ProcessLookupError:
+        raise
+    except OSError:
+        return 0
+    return int(_RSEQ.pointer)
 
 
 class Registers:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import signal
-import struct
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -17,11 +15,8 @@ from dynacut.live.ptrace import ptrace_call
 from dynacut.live.ptrace.ptrace_call import (
     PTRACE_DETACH,
     PTRACE_EVENT_STOP,
-    PTRACE_GET_RSEQ_CONFIGURATION,
     PTRACE_GETSIGMASK,
     PTRACE_INTERRUPT,
-    PTRACE_PEEKSIGINFO,
-    PTRACE_PEEKSIGINFO_SHARED,
     PTRACE_SEIZE,
     PTRACE_SETSIGMASK,
     Registers,
@@ -34,47 +29,19 @@ from dynacut.live.ptrace.resumption import (
     resumption,
     was_interrupted,
 )
-from dynacut.live.ptrace.stop_clock import StopClock
-from dynacut.live.ptrace.urgency import processors_awake, urgent
 from dynacut.shared.errors import DynacutError
 
 _WALL = 0x40000000
 _PF_EXITING = 0x4  # include/linux/sched.h
 _NO_SYSCALL = (1 << 64) - 1
-_SIGINFO_SIZE = 128
-_PEEKED = 32
 _FAULTS = sum(
     1 << (number - 1)
     for number in (signal.SIGILL, signal.SIGTRAP, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
 )
 """SYNCHRONOUS_MASK in kernel/signal.c."""
-
-
-class _PeekArguments(ctypes.Structure):
-    _fields_ = (("off", ctypes.c_uint64), ("flags", ctypes.c_uint32), ("nr", ctypes.c_int32))
-
-
-class _RseqConfiguration(ctypes.Structure):
-    _fields_ = (
-        ("pointer", ctypes.c_uint64),
-        ("size", ctypes.c_uint32),
-        ("signature", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
-    )
-
-
-# Everything between stop and detachment counts in microseconds: buffers are made beforehand.
-_PEEKS = (_PeekArguments(0, 0, _PEEKED), _PeekArguments(0, PTRACE_PEEKSIGINFO_SHARED, _PEEKED))
-_PEEK_ADDRESSES = tuple(map(ctypes.addressof, _PEEKS))
-_RSEQ = _RseqConfiguration()
-_RSEQ_SIZE, _RSEQ_ADDRESS = ctypes.sizeof(_RSEQ), ctypes.addressof(_RSEQ)
-_SIGINFOS = ctypes.create_string_buffer(_SIGINFO_SIZE * _PEEKED)
-_SIGINFOS_ADDRESS = ctypes.addressof(_SIGINFOS)
-_SIGNAL_NUMBER = struct.Struct("<i")
 _SPIN_NS = 60_000
-_LATE_TIMEOUT = 0.2
-_ASKED_AT_ONCE = 32
+LATE_TIMEOUT = 0.2
+"""Seconds for a thread to stop that is only to be let go."""
 _LOOK_AGAIN = 0.0003
 _late: list[Tracee] = []
 """Threads that were asked to stop and have not yet: ptrace keeps them for the whole process, and so must we."""
@@ -98,9 +65,9 @@ class Tracee:
             ThreadGoneError: the thread ended. NoStopError: an earlier request to stop it is still on its way.
             DynacutError: it may not be traced.
         """
-        if tid in _late_tids():
+        if tid in late_tids():
             release_late(0)
-            if tid in _late_tids():
+            if tid in late_tids():
                 raise NoStopError
         self.tid = tid
         self.stopped = False
@@ -135,11 +102,11 @@ class Tracee:
             if isinstance(error, ThreadGoneError):
                 return
             try:
-                self.interrupt(timeout=0 if isinstance(error, NoStopError) else _LATE_TIMEOUT)
+                self.interrupt(timeout=0 if isinstance(error, NoStopError) else LATE_TIMEOUT)
             except NoStopError:
                 # Only a stopped thread can be detached. This one will stop when it can, and must not stay so.
                 if self._seized:
-                    _late.append(self)
+                    give_up([self])
                 return
             except ThreadGoneError:
                 return
@@ -224,12 +191,10 @@ class Tracee:
 
     def pending_signals(self) -> int:
         """The signals that wait for the thread or its process (bit N-1 for N), the one on its way included."""
-        pending = 1 << (self._signal - 1) if self._signal else 0
-        for arguments in _PEEK_ADDRESSES:
-            count = self._call(PTRACE_PEEKSIGINFO, arguments, _SIGINFOS_ADDRESS)
-            for start in range(0, count * _SIGINFO_SIZE, _SIGINFO_SIZE):
-                pending |= 1 << (_SIGNAL_NUMBER.unpack_from(_SIGINFOS, start)[0] - 1)
-        return pending
+        try:
+            return ptrace_call.pending_signals(self.tid) | (1 << (self._signal - 1) if self._signal else 0)
+        except ProcessLookupError:
+            raise self._gone() from None
 
     def has_faulted(self) -> bool:
         """Whether the thread's last instruction was a fault, a trap or a forbidden system call, of which its signal
@@ -246,10 +211,9 @@ class Tracee:
     def rseq_area(self) -> int:
         """The address of the thread's struct rseq (rseq(2)); 0 if it has none or the kernel does not tell."""
         try:
-            self._call(PTRACE_GET_RSEQ_CONFIGURATION, _RSEQ_SIZE, _RSEQ_ADDRESS)
-        except OSError:
-            return 0
-        return int(_RSEQ.pointer)
+            return ptrace_call.rseq_area(self.tid)
+        except ProcessLookupError:
+            raise self._gone() from None
 
     @property
     def in_syscall(self) -> bool:
@@ -357,8 +321,14 @@ def release_late(timeout: float) -> None:
             wait_for_stops(deadline - time.monotonic())
 
 
-def _late_tids() -> set[int]:
+def late_tids() -> set[int]:
+    """The threads that were asked to stop and have not yet."""
     return {tracee.tid for tracee in _late}
+
+
+def give_up(tracees: Iterable[Tracee]) -> None:
+    """No longer waits for threads that were asked to stop; release_late() lets them go when they have."""
+    _late.extend(tracees)
 
 
 def _is_ending(tid: int) -> bool:
@@ -369,56 +339,3 @@ def _is_ending(tid: int) -> bool:
         return True
     flags = int(fields[6])
     return fields[0] in (b"Z", b"X") or bool(flags & _PF_EXITING)
-
-
-def each_stopped(tids: Iterable[int], timeout: float, clock: StopClock) -> Iterator[Tracee]:
-    """Stops threads, yields each as it stops and lets it go at once; clock counts the stops.
-
-    A few are asked at a time: with more threads than processors each takes a while to stop, and one that has stopped
-    must not wait for others. Threads that end, or do not stop within timeout seconds, are passed over.
-    """
-    release_late(0)
-    late = _late_tids()
-    ahead = [tid for tid in tids if tid not in late]
-    asked: list[Tracee] = []
-    deadline = time.monotonic() + timeout
-    with urgent():
-        while (ahead or asked) and time.monotonic() < deadline:
-            if ahead and len(asked) < _ASKED_AT_ONCE:
-                with suppress(ThreadGoneError, NoStopError):
-                    tracee = Tracee(ahead.pop(0))
-                    tracee.request_interrupt()
-                    asked.append(tracee)
-            waiting = []
-            for tracee in asked:
-                try:
-                    if not tracee.poll():
-                        waiting.append(tracee)
-                        continue
-                    with tracee:
-                        yield tracee
-                    clock.add(tracee.stopped_ns)
-                except (ThreadGoneError, NoStopError):
-                    continue
-            if len(waiting) == len(asked) and (not ahead or len(asked) == _ASKED_AT_ONCE):
-                wait_for_stops(deadline - time.monotonic())
-            asked = waiting
-    _late.extend(asked)
-
-
-@contextmanager
-def prompt_stops() -> Iterator[None]:
-    """For a series of stops: SIGCHLD is blocked, so that a stop can be waited for instead of polled, no garbage is
-    collected meanwhile, processors stay awake, and threads that stopped too late are let go at the end."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with processors_awake():
-            release_late(_LATE_TIMEOUT)
-            yield
-    finally:
-        release_late(5 * _LATE_TIMEOUT)
-        if collecting:
-            gc.enable()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

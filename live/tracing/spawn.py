@@ -19,9 +19,11 @@ from ptrace.error import PtraceError
 from dynacut.handlers.table import TRACE_MAGIC
 from dynacut.live.process import Process
 from dynacut.live.ptrace.ptrace_call import PTRACE_DETACH
-from dynacut.live.ptrace.shots import PR_SET_PDEATHSIG, Remote
+from dynacut.live.ptrace.remote import PR_SET_PDEATHSIG, Remote
+from dynacut.live.ptrace.shots import Shots
 from dynacut.live.ptrace.stop_clock import StopClock
-from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee, prompt_stops
+from dynacut.live.ptrace.stops import prompt_stops
+from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import auxiliary_vector
 from dynacut.shared.region import find_region
@@ -98,7 +100,7 @@ class HeldProgram:
         """
         found = find_region(process, TRACE_MAGIC)
         with prompt_stops():
-            remote = Remote(process, StopClock(), time.monotonic() + _RELEASE_TIMEOUT)
+            remote = Remote(process, Shots(process, StopClock(), time.monotonic() + _RELEASE_TIMEOUT))
             remote.keep_alive(found.region if found else None)
             while not self._put_back(process):
                 time.sleep(0.001)

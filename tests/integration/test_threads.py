@@ -17,7 +17,8 @@ from dynacut.live.process import Process
 from dynacut.live.ptrace.passage import all_seen_outside
 from dynacut.live.ptrace.patcher import Patcher
 from dynacut.live.ptrace.stop_clock import StopClock
-from dynacut.live.ptrace.tracee import Tracee, prompt_stops
+from dynacut.live.ptrace.stops import prompt_stops
+from dynacut.live.ptrace.tracee import Tracee
 from dynacut.live.ptrace.window import all_stopped
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError, ExitStatus
