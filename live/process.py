@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
+from dynacut.live.proc_target import ProcTarget
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.modules import called_name, modules_of
 from dynacut.shared.proc import command_line, executable, read_mappings, task_status
-from dynacut.shared.target import PAGE_SIZE, Mapping, Module
+from dynacut.shared.target import PAGE_SIZE, Mapping
 
 
-class Process:
+class Process(ProcTarget):
     """A running process, opened for reading and writing its memory.
 
     Mappings and modules are read once; refresh() reads them again. Use as a context manager or close() it.
@@ -29,7 +29,7 @@ class Process:
         """
         self.pid = pid
         try:
-            self.name = task_status(pid).name
+            super().__init__(task_status(pid).name)
             self._memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
             raise gone(pid) from None
@@ -55,38 +55,17 @@ class Process:
     def refresh(self) -> None:
         """Reads mappings and modules again."""
         try:
-            self._mappings = read_mappings(self.pid)
-            self._exe = executable(self.pid).removesuffix(" (deleted)")
-            called = called_name(command_line(self.pid))
+            mappings = read_mappings(self.pid)
+            exe, called = executable(self.pid), command_line(self.pid)
         except (FileNotFoundError, ProcessLookupError):
             raise gone(self.pid) from None
-        self._modules = modules_of(
-            self._mappings,
-            self._exe,
-            [alias for alias in (called, self.name) if alias],
-            Path(f"/proc/{self.pid}/root"),
-            lambda mapping, path: _readable_file(self.pid, mapping, path),
-        )
+        root = Path(f"/proc/{self.pid}/root")
+        self.describe(exe, called, mappings, root, lambda mapping, path: _readable_file(self.pid, mapping, path))
 
     @property
     def label(self) -> str:
         """How to call the process in messages."""
         return f"process {self.pid} ({self.name})"
-
-    @property
-    def exe(self) -> str:
-        """The path of the executable, in the process's own mount namespace."""
-        return self._exe
-
-    @property
-    def mappings(self) -> Sequence[Mapping]:
-        """Every VMA, ascending by address."""
-        return self._mappings
-
-    @property
-    def modules(self) -> Sequence[Module]:
-        """Every file mapped with code, the executable first."""
-        return self._modules
 
     @cached_property
     def has_shadow_stack(self) -> bool:

@@ -20,16 +20,16 @@ from dynacut.live.gdb.patcher import apply_held
 from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.gdb.target import GdbTarget
 from dynacut.live.inspect import warnings_of
+from dynacut.live.proc_target import ProcTarget
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.apply import check_written
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.inspect import inspected
-from dynacut.shared.modules import called_name, modules_of
 from dynacut.shared.proc import parse_command_line, parse_mappings, parse_status
 from dynacut.shared.region import find_region
 from dynacut.shared.report import FeatureReport, Inspection
-from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT, Mapping, Module
+from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT, Mapping
 
 _X86_64 = "i386:x86-64"
 
@@ -134,19 +134,16 @@ def _connect(session: GdbSession, server: Server) -> int | None:
     return held
 
 
-class RemoteProcess:
+class RemoteProcess(ProcTarget):
     """A process behind a gdbserver. Mappings and modules are those of the last refresh(), which needs it to be held."""
 
     def __init__(self, session: GdbSession, server: Server, pid: int, folder: Path) -> None:
         """folder: where the files that are fetched are put."""
+        super().__init__()
         self.pid = pid
         self._session = session
         self._server = server
         self._folder = folder
-        self._name = ""
-        self._exe = ""
-        self._mappings: tuple[Mapping, ...] = ()
-        self._modules: tuple[Module, ...] = ()
         self._files: dict[str, Path] = {}
 
     def admit(self) -> None:
@@ -163,7 +160,7 @@ class RemoteProcess:
                 f"there is no process {self.pid} where the gdbserver at {self._server.address} runs",
                 "`ps -e` there lists the processes; gdbserver must see their /proc",
             ) from None
-        self._name = status.name
+        self.name = status.name
         check_kind(self.pid, self.label, status)
         check_not_stopped(self.pid, self.label, status)
         check_not_traced(self.label, status, " there")
@@ -175,23 +172,16 @@ class RemoteProcess:
             DynacutError: gdbserver does not hand over what /proc says.
         """
         try:
-            self._name = parse_status(self.read_file(f"/proc/{self.pid}/status")).name
-            self._mappings = parse_mappings(self.read_file(f"/proc/{self.pid}/maps"))
-            called = called_name(parse_command_line(self.read_file(f"/proc/{self.pid}/cmdline")))
+            self.name = parse_status(self.read_file(f"/proc/{self.pid}/status")).name
+            mappings = parse_mappings(self.read_file(f"/proc/{self.pid}/maps"))
+            called = parse_command_line(self.read_file(f"/proc/{self.pid}/cmdline"))
             shown = re.search(r"^exe = '(.*)'$", self._session.console("info proc exe"), re.MULTILINE)
         except (OSError, GdbError) as error:
             raise DynacutError(
                 f"{self.label}: what /proc says of it cannot be read: {error}",
                 "gdbserver must run on Linux, where the process does, and see the same /proc",
             ) from None
-        self._exe = shown.group(1).removesuffix(" (deleted)") if shown else ""
-        self._modules = modules_of(
-            self._mappings,
-            self._exe,
-            [alias for alias in (called, self._name) if alias],
-            self._server.sysroot,
-            self._file_of,
-        )
+        self.describe(shown.group(1) if shown else "", called, mappings, self._server.sysroot, self._file_of)
 
     def read_file(self, path: str) -> bytes:
         """A file of the process's machine; OSError if it cannot be read."""
@@ -203,22 +193,7 @@ class RemoteProcess:
     @property
     def label(self) -> str:
         """How to call the process in messages."""
-        return f"process {self.pid}{f' ({self._name})' if self._name else ''} behind {self._server.address}"
-
-    @property
-    def exe(self) -> str:
-        """The path of the executable, as the process sees it."""
-        return self._exe
-
-    @property
-    def mappings(self) -> Sequence[Mapping]:
-        """Every VMA, ascending by address."""
-        return self._mappings
-
-    @property
-    def modules(self) -> Sequence[Module]:
-        """Every file mapped with code, the executable first."""
-        return self._modules
+        return f"process {self.pid}{f' ({self.name})' if self.name else ''} behind {self._server.address}"
 
     @property
     def has_shadow_stack(self) -> bool:

@@ -7,22 +7,18 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Dictionary
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 from dynacut.live.gdb.session import GdbError, GdbSession
+from dynacut.live.gdb.through_gdb import Described, ReadFile, ThroughGdb
 from dynacut.live.ptrace.resumption import ERESTARTNOHAND, in_syscall, never_runs, resumption, was_interrupted
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.proc import TaskStatus, parse_start_time, parse_status, task_status, thread_ids
-from dynacut.shared.target import SIGTRAP, Mapping, Module, Target
-
-ReadFile = Callable[[str], bytes]
-"""The contents of a file of the process's machine; OSError if it cannot be read."""
+from dynacut.shared.proc import task_status, thread_ids
+from dynacut.shared.target import SIGTRAP
 
 _REGISTERS = ("rax", "rcx", "rdx", "rsi", "rdi", "rsp", "r8", "r9", "r10", "r11", "rip", "orig_rax", "fs_base")
 _INT3 = 0xCC
@@ -30,17 +26,6 @@ _SI_KERNEL = 0x80  # what an int3's SIGTRAP has for a code (asm/siginfo.h)
 PAUSE = 0.002
 _STOP_TIMEOUT = 0.5
 _SIGSTOP_BIT = 1 << (signal.SIGSTOP - 1)
-
-
-class Described(Target, Protocol):
-    """A process as it can be described without being held."""
-
-    @property
-    def pid(self) -> int:
-        """Its id, on its machine."""
-
-    def refresh(self) -> None:
-        """Reads mappings and modules again."""
 
 
 @dataclass
@@ -54,7 +39,7 @@ class HeldThread:
     """Whether it was sent elsewhere since it was stopped."""
 
 
-class Held:
+class Held(ThroughGdb):
     """A process in gdb's hands, again and again: hold() and release().
 
     read_file: None for a process of this machine. clock counts each hold. deadline: the time.monotonic() by which all
@@ -64,76 +49,12 @@ class Held:
     def __init__(
         self, session: GdbSession, process: Described, read_file: ReadFile | None, clock: StopClock, deadline: float
     ) -> None:
-        self.session = session
-        self.process = process
+        super().__init__(session, process, read_file)
         self.deadline = deadline
-        self._is_here = read_file is None
-        self._read_file = read_file or (lambda path: Path(path).read_bytes())
         self._clock = clock
         self._threads: dict[int, HeldThread] = {}
         self._since: int | None = None
         self._was_held = False
-
-    @property
-    def label(self) -> str:
-        """The process's."""
-        return self.process.label
-
-    @property
-    def exe(self) -> str:
-        """The process's."""
-        return self.process.exe
-
-    @property
-    def modules(self) -> Sequence[Module]:
-        """The process's."""
-        return self.process.modules
-
-    @property
-    def mappings(self) -> Sequence[Mapping]:
-        """The process's."""
-        return self.process.mappings
-
-    @property
-    def has_shadow_stack(self) -> bool:
-        """The process's."""
-        return self.process.has_shadow_stack
-
-    def private_pages(self, mapping: Mapping) -> Sequence[int]:
-        """The process's."""
-        return self.process.private_pages(mapping)
-
-    def read(self, address: int, size: int) -> bytes:
-        """Exactly size bytes at an address, through gdb; DynacutError if they are not all mapped."""
-        try:
-            return self.session.read(address, size)
-        except GdbError as error:
-            raise DynacutError(f"{size} bytes at {address:#x} of {self.label} cannot be read: {error}") from None
-
-    def write(self, address: int, data: bytes) -> None:
-        """Writes bytes at an address, through gdb, whatever the protection there; DynacutError if that fails."""
-        try:
-            self.session.write(address, data)
-        except GdbError as error:
-            raise DynacutError(
-                f"{len(data)} bytes at {address:#x} of {self.label} cannot be written: {error}"
-            ) from None
-
-    def status(self, tid: int | None = None) -> TaskStatus:
-        """The status of the process, or of one of its threads; DynacutError if it is not to be had."""
-        pid = self.process.pid
-        folder = f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
-        return parse_status(self._file(f"{folder}/status"))
-
-    def start_time(self, tid: int) -> int:
-        """When a thread started, in clock ticks since boot."""
-        return parse_start_time(self._file(f"/proc/{self.process.pid}/task/{tid}/stat"))
-
-    def _file(self, path: str) -> bytes:
-        try:
-            return self._read_file(path)
-        except OSError as error:
-            raise DynacutError(f"{path} of {self.label} cannot be read: {error.strerror or error}") from None
 
     @property
     def is_held(self) -> bool:
@@ -166,7 +87,7 @@ class Held:
         """Attaches gdb; returns why that failed."""
         try:
             self.session.forget_stops()
-            if self._is_here:
+            if self.is_here:
                 # Without the program's file gdb takes a process for a 32-bit one until it has looked at it. Before
                 # that, it puts a thread back that has just run into an int3, and would cut off its address.
                 self.session.command("-gdb-set architecture i386:x86-64")
@@ -186,7 +107,7 @@ class Held:
         pid = self.process.pid
         while True:
             try:
-                tids = thread_ids(pid) if self._is_here else (pid,)
+                tids = thread_ids(pid) if self.is_here else (pid,)
                 asleep = [tid for tid in tids if self.status(tid).state == "D"]
             except (OSError, DynacutError):  # a thread ended; if the process did, attaching tells
                 return
@@ -341,7 +262,7 @@ class Held:
         """A debugger that dies leaves the process to the SIGSTOP that it was attached with, which comes into force when
         the threads run again. It was not stopped before, or it would have been refused."""
         until = time.monotonic() + _STOP_TIMEOUT
-        while self._is_here and time.monotonic() < until:
+        while self.is_here and time.monotonic() < until:
             with suppress(OSError):
                 for tid in thread_ids(self.process.pid):
                     status = task_status(self.process.pid, tid)

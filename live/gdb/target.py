@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ
 
 from dynacut.handlers.table import INPUT_OFFSET, OUTPUT_OFFSET, SLOT_COUNT, KernelAction
-from dynacut.live.gdb.held import Described, Held, ReadFile
+from dynacut.live.gdb.held import Held
 from dynacut.live.gdb.session import GdbSession
 from dynacut.live.gdb.shots import Shot, shoot
+from dynacut.live.gdb.through_gdb import Described, ReadFile
 from dynacut.live.ptrace.masks import WITH_TEMPORARY_MASK
 from dynacut.live.ptrace.resumption import in_syscall, resumption
 from dynacut.live.ptrace.slack import find_slack
