@@ -7,7 +7,7 @@ shows it instead of the thread's own; PTRACE_GETSIGMASK gives that.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.table import REPAIR_CAPACITY, KernelAction, Repair, RepairKind, Table
@@ -161,14 +161,22 @@ def lasting_blockers(pid: int) -> list[int]:
     """
     seen = {tid: ran_ns(pid, tid) for tid in blocking_threads(pid)}
     started = time.monotonic()
-    while seen and (
-        (passed := time.monotonic() - started) < _PASSING
-        or (passed < _STARVING and any(_has_hardly_run(pid, tid, before) for tid, before in seen.items()))
-    ):
+    while _may_pass(pid, seen, started):
         time.sleep(_LOOK_PAUSE)
         now = blocking_threads(pid)
         seen = {tid: before for tid, before in seen.items() if tid in now}
     return list(seen)
+
+
+def _may_pass(pid: int, ran: Mapping[int, int], since: float) -> bool:
+    """Whether the mask of one of these threads may be there for the moment only, as far as can be told yet.
+
+    ran: how long each had run, in ns, when that began to be waited for; since: the time.monotonic() of that.
+    """
+    passed = time.monotonic() - since
+    if passed < _PASSING:
+        return bool(ran)
+    return passed < _STARVING and any(_has_hardly_run(pid, tid, before) for tid, before in ran.items())
 
 
 def _has_hardly_run(pid: int, tid: int, before: int) -> bool:
@@ -188,7 +196,7 @@ def block_threads_again(process: Process, table: Table, restorers: Collection[in
         DynacutError: a thread cannot be stopped.
     """
     before = masks_before(_standing(process.pid, table))
-    until = time.monotonic() + _PASSING
+    ran, began = {tid: ran_ns(process.pid, tid) for tid in before}, time.monotonic()
     if before:
         process.refresh()  # the stacks
     while before:
@@ -210,10 +218,9 @@ def block_threads_again(process: Process, table: Table, restorers: Collection[in
                     "run --undo again",
                     status=ExitStatus.CHECK_FAILED,
                 ) from None
-        if time.monotonic() > until:
+        if not _may_pass(process.pid, {tid: ran[tid] for tid in before}, began):
             return
-        if before:
-            time.sleep(_LOOK_PAUSE)
+        time.sleep(_LOOK_PAUSE)
 
 
 def _standing(pid: int, table: Table) -> list[Repair]:
