@@ -141,7 +141,7 @@ def unblock_threads(target: StoppedTarget, region: Region, table: Table) -> Tabl
     for masks in saved.values():
         clear_masks(target, masks)
     if masked:
-        target.set_blocked_signals({tid: mask & ~SIGTRAP_BIT for tid, mask in masked.items()})
+        target.block_sigtrap(masked, block=False)
     return table
 
 
@@ -167,5 +167,5 @@ def block_threads_again(target: StoppedTarget, table: Table) -> bool:
     again = {tid: blocked[tid] | SIGTRAP_BIT for tid in before if not blocked[tid] & SIGTRAP_BIT}
     again = {tid: mask for tid, mask in again.items() if mask in before[tid]}
     if again:
-        target.set_blocked_signals(again)
+        target.block_sigtrap(again, block=True)
     return any(tid not in again and blocked[tid] not in before[tid] for tid in before)

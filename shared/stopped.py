@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from dynacut.handlers.table import KernelAction
@@ -70,5 +70,5 @@ class StoppedTarget(Writable, Protocol):
     def blocked_signals(self) -> dict[int, int]:
         """The mask of each thread, by its id: the signals it blocks, bit N-1 for signal N."""
 
-    def set_blocked_signals(self, masks: dict[int, int]) -> None:
-        """Sets the masks of threads; those that have ended are left out."""
+    def block_sigtrap(self, tids: Collection[int], *, block: bool) -> None:
+        """Makes threads block SIGTRAP or accept it, and nothing else; those that have ended are left out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ
 
@@ -26,7 +26,7 @@ from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT, Mapping
 
 _SYS_MMAP, _SYS_MUNMAP, _SYS_RT_SIGACTION, _SYS_RT_SIGPROCMASK = 9, 11, 13, 14
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
-_SIG_BLOCK, _SIG_SETMASK = 0, 2
+_SIG_BLOCK, _SIG_UNBLOCK = 0, 1
 _SIGSET_SIZE = 8
 _ACTION_SIZE = 32
 _SCRATCH_SIZE = 64 * _ACTION_SIZE
@@ -144,7 +144,7 @@ class GdbTarget(Held):
             if in_syscall(thread.registers) and thread.registers["orig_rax"] in WITH_TEMPORARY_MASK
         ]
         # The kernel puts a thread's own mask back when it leaves such a call, so before the stub begins.
-        return masks | self._exchange_masks(dict.fromkeys(hidden))
+        return masks | self._change_masks(hidden, _SIG_BLOCK, 0)
 
     def waiting_blockers(self) -> list[int]:
         """The threads that block SIGTRAP while they wait in a system call; others may do so for a moment only."""
@@ -154,12 +154,13 @@ class GdbTarget(Held):
             if resumption(thread.registers).restarts and self.status(thread.tid).blocked & SIGTRAP_BIT
         ]
 
-    def set_blocked_signals(self, masks: dict[int, int]) -> None:
-        """Sets the masks of threads; those that have ended are left out."""
-        for tid in masks:
+    def block_sigtrap(self, tids: Collection[int], *, block: bool) -> None:
+        """Makes threads block SIGTRAP or accept it, and nothing else; those that have ended are left out."""
+        for tid in tids:
             thread = self.thread(tid)
             self.passing = self.passing or (thread is not None and not resumption(thread.registers).restarts)
-        self._exchange_masks(dict(masks))
+        # Not by the whole mask: before its turn comes, a thread may run on, and into or out of a signal handler.
+        self._change_masks(tids, _SIG_BLOCK if block else _SIG_UNBLOCK, SIGTRAP_BIT)
 
     def _exchange_actions(self, actions: dict[int, KernelAction | None]) -> None:
         """Sets signal actions, or with None only reads them."""
@@ -181,30 +182,25 @@ class GdbTarget(Held):
                 self.write(table + INPUT_OFFSET + place, bytes(_ACTION_SIZE))
                 self.write(table + OUTPUT_OFFSET + place, bytes(_ACTION_SIZE))
 
-    def _exchange_masks(self, masks: dict[int, int | None]) -> dict[int, int]:
-        """Sets the masks of threads, or with None only reads them; returns what was in force, for those that live."""
+    def _change_masks(self, tids: Collection[int], how: int, signals: int) -> dict[int, int]:
+        """Has threads change their masks as rt_sigprocmask(2) does; returns what was in force, for those that live."""
         region = self._region()
+        given, old = region.table + INPUT_OFFSET, region.table + OUTPUT_OFFSET
         before: dict[int, int] = {}
-        tids = list(masks)
         for first in range(0, len(tids), _THREADS_AT_ONCE):
-            batch = tids[first : first + _THREADS_AT_ONCE]
-            given, old = region.table + INPUT_OFFSET, region.table + OUTPUT_OFFSET
+            batch = list(tids)[first : first + _THREADS_AT_ONCE]
+            self.write(given, signals.to_bytes(_SIGSET_SIZE, "little"))
             shots = []
             for index, tid in enumerate(batch):
-                mask = masks[tid]
-                if mask is not None:
-                    self.write(given + index * _SIGSET_SIZE, mask.to_bytes(_SIGSET_SIZE, "little"))
                 stub = Stub()
-                place = index * _SIGSET_SIZE
-                how, new = (_SIG_BLOCK, 0) if mask is None else (_SIG_SETMASK, given + place)
-                stub.syscall(_SYS_RT_SIGPROCMASK, how, new, old + place, _SIGSET_SIZE)
+                stub.syscall(_SYS_RT_SIGPROCMASK, how, given, old + index * _SIGSET_SIZE, _SIGSET_SIZE)
                 shots.append(self._shot(stub, region, tid))
             shoot(self, shots)
             found = self.read(old, len(batch) * _SIGSET_SIZE)
             for index, tid in enumerate(batch):
                 if self.thread(tid) is not None:
                     before[tid] = int.from_bytes(found[index * _SIGSET_SIZE : (index + 1) * _SIGSET_SIZE], "little")
-            self.write(given, bytes(len(found)))
+            self.write(given, bytes(_SIGSET_SIZE))
             self.write(old, bytes(len(found)))
         return before
 

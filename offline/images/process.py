@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dynacut.shared.errors import DynacutError
 from dynacut.shared.holes import Hole
 from dynacut.shared.modules import called_name, modules_of
 from dynacut.shared.stopped import Area
-from dynacut.shared.target import PAGE_SIZE, Mapping, Module
+from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT, Mapping, Module
 
 MM_MAGIC = 0x57492820
 _X86_64 = 1
@@ -252,11 +252,11 @@ class ImageProcess:
         """The mask of each thread, by its id."""
         return {thread.tid: thread.blocked for thread in self.threads}
 
-    def set_blocked_signals(self, masks: dict[int, int]) -> None:
-        """Sets the masks of threads."""
+    def block_sigtrap(self, tids: Collection[int], *, block: bool) -> None:
+        """Makes threads block SIGTRAP, or accept it."""
         for thread in self.threads:
-            if thread.tid in masks:
-                thread.blocked = masks[thread.tid]
+            if thread.tid in tids:
+                thread.blocked = thread.blocked | SIGTRAP_BIT if block else thread.blocked & ~SIGTRAP_BIT
 
     def _action_message(self, signal: int) -> Message:
         place = _PLACE_OF.get(signal)
