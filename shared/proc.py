@@ -215,10 +215,11 @@ def auxiliary_vector(pid: int) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class BlockedIn:
-    """A system call that a thread waits in: its number, and the address behind its syscall instruction."""
+    """A system call that a thread waits in: its number, the stack pointer, and the address behind its instruction."""
 
     number: int
     arguments: tuple[int, ...]
+    rsp: int
     rip: int
 
 
@@ -231,7 +232,7 @@ def blocked_in(pid: int, tid: int) -> BlockedIn | None:
     if len(fields) != 9 or not fields[0].isdigit():
         return None
     numbers = [int(field, 16) for field in fields[1:]]
-    return BlockedIn(int(fields[0]), tuple(numbers[:6]), numbers[7])
+    return BlockedIn(int(fields[0]), tuple(numbers[:6]), *numbers[6:])
 
 
 def command_line(pid: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.table import REPAIR_CAPACITY, KernelAction, Repair, RepairKind, Table
@@ -99,7 +100,7 @@ class _Unblocking:
 
     def look(self) -> int:
         """Looks at all threads once, and unblocks those that need it; returns how many did."""
-        suspects = _suspects(self.process.pid, self.looked_at)
+        suspects = _suspects(self.process, self.restorers, self.looked_at)
         recorded = masks_before(self.table.repairs).keys()
         if len(self.table.repairs) + len(suspects - recorded) > REPAIR_CAPACITY:
             raise too_many_masks(self.process, len(suspects))
@@ -140,17 +141,25 @@ class _Unblocking:
         return True
 
 
-def _suspects(pid: int, looked_at: set[int]) -> set[int]:
-    """Threads that may block SIGTRAP for long: seen to for a while; or asleep with a temporary mask, which hides it.
+def _suspects(process: Process, restorers: Collection[int], looked_at: set[int]) -> set[int]:
+    """Threads that may block SIGTRAP for long: seen to for a while; asleep with a temporary mask, which hides it; or
+    asleep in a handler that such a mask has let in, as sigsuspend(2) does, so that only the frame tells.
 
     looked_at: threads of the second kind that were told of already; each is told of once.
     """
-    seen = set(lasting_blockers(pid))
-    for tid in thread_ids(pid):
-        waits = blocked_in(pid, tid)
-        if waits is not None and waits.number in WITH_TEMPORARY_MASK and tid not in looked_at:
-            looked_at.add(tid)
-            seen.add(tid)
+    seen = set(lasting_blockers(process.pid))
+    for tid in thread_ids(process.pid):
+        waits = blocked_in(process.pid, tid)
+        if waits is None:
+            continue
+        if waits.number in WITH_TEMPORARY_MASK:
+            if tid not in looked_at:
+                looked_at.add(tid)
+                seen.add(tid)
+        elif tid not in seen:
+            with suppress(DynacutError):  # it has ended meanwhile
+                if blocking_masks(process, waits.rsp, restorers):
+                    seen.add(tid)
     return seen
 
 

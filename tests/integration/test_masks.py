@@ -86,8 +86,11 @@ def test_a_mask_hidden_behind_a_temporary_one_is_repaired(program: Start, dynacu
     assert target.ask("mask") == "1", "the undo must bring the thread's mask back"
 
 
-def test_a_mask_that_comes_back_with_the_return_from_a_handler_is_repaired(program: Start, dynacut: Dynacut) -> None:
-    target = program("lingering")
+@pytest.mark.parametrize("temporary", [(), ("sigsuspend",)])
+def test_a_mask_that_comes_back_with_the_return_from_a_handler_is_repaired(
+    program: Start, dynacut: Dynacut, temporary: tuple[str, ...]
+) -> None:
+    target = program("lingering", *temporary)
     _deny(dynacut, target.pid)
     assert target.ask("return") == "returned"
     assert target.ask("feature 3") == str(DENIED)
@@ -97,8 +100,11 @@ def test_a_mask_that_comes_back_with_the_return_from_a_handler_is_repaired(progr
     assert target.ask("feature 3") == str(feature(3))
 
 
-def test_a_mask_in_the_frame_of_a_handler_is_put_back(program: Start, dynacut: Dynacut) -> None:
-    target = program("lingering")
+@pytest.mark.parametrize("temporary", [(), ("sigsuspend",)])
+def test_a_mask_in_the_frame_of_a_handler_is_put_back(
+    program: Start, dynacut: Dynacut, temporary: tuple[str, ...]
+) -> None:
+    target = program("lingering", *temporary)
     _deny(dynacut, target.pid)
     dynacut.json("live", "--pid", target.pid, "--undo")
     assert target.ask("return") == "returned"

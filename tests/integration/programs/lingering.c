@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
- * A thread that blocks SIGTRAP is in a signal handler, at the start and until it is told to return.
+ * A thread that blocks SIGTRAP is in a signal handler, at the start and until it is told to return. With the argument
+ * `sigsuspend` the handler has come in by a temporary mask: while it runs, SIGTRAP is not blocked.
  *
  *   return    -> returned
  *   blocks    -> 1 if the thread blocks SIGTRAP, else 0
@@ -36,21 +37,27 @@ static void linger(int number)
 	request();
 }
 
-static void *work(void *unused)
+static void *work(void *suspends)
 {
 	sigset_t mask;
 
 	sigemptyset(&mask);
 	sigaddset(&mask, SIGTRAP);
+	if (suspends)
+		sigaddset(&mask, SIGUSR1);
 	pthread_sigmask(SIG_BLOCK, &mask, NULL);
 	pthread_kill(pthread_self(), SIGUSR1);
+	if (suspends) {
+		sigemptyset(&mask);
+		sigsuspend(&mask);
+	}
 	answer(0);
 	for (;;) {
 		long n = request();
 		pthread_sigmask(SIG_BLOCK, NULL, &mask);
 		answer(n < 0 ? sigismember(&mask, SIGTRAP) : feature(n));
 	}
-	return unused;
+	return suspends;
 }
 
 static long ask(long n)
@@ -60,14 +67,15 @@ static long ask(long n)
 	return n;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	char word[32];
 	long number;
 	pthread_t thread;
 
+	(void)argc;
 	signal(SIGUSR1, linger);
-	if (pipe(requests) != 0 || pipe(answers) != 0 || pthread_create(&thread, NULL, work, NULL) != 0 ||
+	if (pipe(requests) != 0 || pipe(answers) != 0 || pthread_create(&thread, NULL, work, argv[1]) != 0 ||
 	    read(answers[0], &number, sizeof(number)) != sizeof(number))
 		fail("start");
 	say_ready();
