@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.arguments import add_output_options, count
-from dynacut.cli.console import print_json, print_table, warn
+from dynacut.cli.console import print_error, print_json, print_table, warn
 from dynacut.cli.quantities import counted
 from dynacut.cli.steps import Steps
 from dynacut.jobs.compare.ways import Settings, Way, why_not
@@ -91,8 +91,17 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         results = comparison.run(lambda: _target(arguments, command), arguments.repeat)
     _report(arguments, settings, results)
     if results.broken_off is not None:
-        raise results.broken_off
+        return _broken_off(results.broken_off)
     return ExitStatus.DONE if results.equal and not results.failures else ExitStatus.CHECK_FAILED
+
+
+def _broken_off(error: BaseException) -> ExitStatus:
+    """Says why not everything was measured, behind the document of what was."""
+    if not isinstance(error, DynacutError):
+        advice = "`dynacut live` on the same process shows what is in force"
+        error = DynacutError("interrupted", advice, status=ExitStatus.UNKNOWN)
+    print_error(error)
+    return error.status
 
 
 def _available(wanted: Sequence[Way], criu: Path | None) -> tuple[list[Way], dict[Way, str]]:
