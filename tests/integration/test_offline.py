@@ -17,6 +17,7 @@ from dynacut.offline.images.image import Image
 from dynacut.shared.region import find_region
 from dynacut.shared.target import Target
 
+from .checkpoints import reaping
 from .conftest import Dynacut
 from .load import Load
 from .servers import HttpServer, Lighttpd, Nginx, Redis, RedisError, Server, is_gone, wait_until
@@ -41,7 +42,8 @@ def end(pids: list[int]) -> None:
 def checkpointed(server: Server, dynacut: Dynacut, image: Path) -> Path:
     """Checkpoints a server, which is gone then."""
     pids = tree_of(server)
-    report = dynacut.json("checkpoint", "--pid", server.pid, image)
+    with reaping(pids):
+        report = dynacut.json("checkpoint", "--pid", server.pid, image)
     assert report["target"]["pid"] == server.pid
     wait_until(lambda: all(is_gone(pid) for pid in pids), "the end of the processes")
     return image

@@ -1,7 +1,7 @@
 """dynacut trim of real servers: redis, nginx with its workers, lighttpd; they go on doing their work.
 
-What is removed goes on learning: what their state makes them do only later (redis numbers its clients, in a
-tree whose shape depends on the numbers) is not to fail a test. bench/trim.py removes for good.
+What is removed of redis and lighttpd goes on learning: what their state makes them do only later (redis numbers its
+clients, in a tree whose shape depends on the numbers) is not to fail a test. bench/trim.py removes for good.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_redis_serves_its_whole_benchmark(trim: Trims, dynacut: Dynacut, tmp_pat
     options = ("--save", "", "--dir", str(tmp_path), "--repl-ping-replica-period", "1")
     work = f"redis-benchmark -p {port} -n 300 -q"
     save = f"redis-cli -p {port} bgsave && until redis-cli -p {port} info | grep -q in_progress:0; do sleep 0.05; done"
-    passes = ("--passes", "5", "--quiet-passes", "2", "--idle", "0.1", "--linger", "6", "--on-hit", "learn")
+    passes = ("--passes", "5", "--quiet-passes", "2", "--idle", "0.1", "--linger", "1")
     command = ("redis-server", "--port", str(port), *options)
     report = trim("--ready-port", port, "--workload", work, "--serve", save, *passes, "--", *command)
     assert_trimmed(report)
@@ -88,33 +88,20 @@ def command_of(server: Server) -> list[str]:
 
 @pytest.mark.slow
 def test_nginx_serves_reloads_and_ends(nginx: Nginx, trim: Trims, dynacut: Dynacut) -> None:
-    """The master and its workers, by way of a checkpoint; reload and graceful shutdown were traced."""
+    """The master and its workers, for good, by way of a checkpoint; reload and graceful shutdown were traced."""
     the_criu()
     port, command = nginx.port, command_of(nginx)
     work = f"{sys.executable} {WORKLOAD} {port} --reload $DYNACUT_PID"
-    report = trim(
-        *("--ready-port", port, "--workload", work, "--shutdown", "kill -QUIT $DYNACUT_PID"),
-        *(
-            "--passes",
-            "8",
-            "--quiet-passes",
-            "2",
-            "--idle",
-            "0.2",
-            "--linger",
-            "0",
-            "--on-hit",
-            "learn",
-            "--",
-            *command,
-        ),
-    )
+    phases = ("--ready-port", port, "--workload", work, "--shutdown", "kill -QUIT $DYNACUT_PID")
+    passes = ("--passes", "8", "--quiet-passes", "2", "--idle", "0.2", "--linger", "0")
+    report = trim(*phases, *passes, "--scope", "page", "--on-hit", "terminate", "--", *command)
     assert_trimmed(report)
     pid = report["target"]["pid"]
     requests(port)
     reload(pid)
     requests(port)
-    assert brought_back(dynacut, report) < 100
+    (feature,) = dynacut.json("live", "--tree", "--pid", pid)["features"]
+    assert (feature["state"], feature["hits"]) == ("disabled", 0)
     os.kill(pid, signal.SIGQUIT)
     assert ended(pid) == 0
 
@@ -124,7 +111,7 @@ def test_lighttpd_serves_and_ends(lighttpd: Lighttpd, trim: Trims, dynacut: Dyna
     """In the running process."""
     port, command = lighttpd.port, command_of(lighttpd)
     work = f"{sys.executable} {WORKLOAD} {port}"
-    how = ("--live", "--quiet-passes", "2", "--idle", "0.2", "--linger", "2", "--on-hit", "learn")
+    how = ("--live", "--quiet-passes", "2", "--idle", "0.2", "--linger", "2")
     report = trim(*how, "--ready-port", port, "--workload", work, "--", *command)
     assert_trimmed(report)
     pid = report["target"]["pid"]
