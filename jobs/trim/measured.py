@@ -38,24 +38,26 @@ def gadgets_of(pid: int, plan: Plan) -> dict[str, list[int]]:
     from concurrent.futures import ThreadPoolExecutor
 
     from dynacut.live.process import Process
-    from dynacut.shared.binary.gadgets import count_gadgets
+    from dynacut.shared.binary.elf import ElfFile
+    from dynacut.shared.binary.gadgets import count_gadgets, gadgets_of_file
     from dynacut.shared.code import Code
     from dynacut.shared.holes import Patched
     from dynacut.shared.region import find_region
 
-    codes: dict[str, tuple[bytes, bytes]] = {}
+    files: dict[str, ElfFile] = {}
+    codes: dict[str, bytes] = {}
     paths = {module.path for module in plan.modules.values()}
     with Process(pid) as process:
         found = find_region(process)
         view = Patched(process, found.table if found else None)
         for module in process.modules:
             if module.path in paths:
-                elf = Code(module).elf
+                elf = files[module.path] = Code(module).elf
                 places = [(part.offset, part.file_size) for part in elf.segments if part.executable]
-                before = b"".join(elf.read(offset, size) for offset, size in places)
-                codes[module.path] = before, b"".join(view.read(module.base + offset, size) for offset, size in places)
+                codes[module.path] = b"".join(view.read(module.base + offset, size) for offset, size in places)
     with ThreadPoolExecutor() as pool:  # each count is a process of its own
-        return {path: list(pool.map(count_gadgets, pair)) for path, pair in codes.items()}
+        before, after = pool.map(gadgets_of_file, files.values()), pool.map(count_gadgets, codes.values())
+        return {path: [one, two] for path, one, two in zip(files, before, after, strict=True)}
 
 
 def trimmed_facts(pid: int, plan: Plan) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dynacut.shared.binary import gadgets
-from dynacut.shared.binary.gadgets import count_gadgets
+from dynacut.shared.binary.elf import ElfFile
+from dynacut.shared.binary.gadgets import count_gadgets, gadgets_of_file
 from dynacut.shared.errors import DynacutError
 
 RET, INT3 = b"\xc3", b"\xcc"
@@ -34,6 +36,21 @@ def test_gadgets_of_short_code(code: bytes, count: int) -> None:
 def test_int3_bytes_take_gadgets_away() -> None:
     code = b"".join(bytes([0x58 + register]) + RET for register in range(8))  # pop rax; ret … pop rdi; ret
     assert count_gadgets(INT3 * 8 + code[8:]) == count_gadgets(code) - 4
+
+
+def test_a_file_is_counted_once_for_each_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    elf = ElfFile.open(Path("/bin/true"))
+    assert elf.build_id is not None
+    count = gadgets_of_file(elf, tmp_path)
+    assert count > 0
+    with monkeypatch.context() as patched:
+        patched.setattr(gadgets, "_COMMAND", (sys.executable, "-c", "print('Unique gadgets found: 7')"))
+        assert gadgets_of_file(elf, tmp_path) == count
+        patched.setattr("importlib.metadata.version", lambda _: "other")
+        assert gadgets_of_file(elf, tmp_path) == 7
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert gadgets_of_file(elf, tmp_path) == count
 
 
 def test_without_ropgadget_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
