@@ -45,16 +45,18 @@ _ALWAYS = (
     Call("rt_sigreturn", 15),
     Call("rt_sigaction", 13, (None, None, None, _SIGSET_SIZE)),
 )
-# The region; a trap that is not ours, passed on to the program's handler, or to its death (pass_on in trap.c).
+_UNMAP = Call("munmap", 11)
+# The region, or where it is not to be had no part of it; a trap that is not ours, passed on to the program's handler, or
+# to its death (pass_on in trap.c).
 _INSTALLING = (
     Call("mmap", 9, (None, None, _CODE, _FLAGS | _MAP_NORESERVE, _NO_FILE, 0)),
     Call("mmap", 9, (None, None, _DATA, _FLAGS | _MAP_NORESERVE, _NO_FILE, 0)),
+    _UNMAP,
     Call("rt_sigprocmask", 14, (0, None, 0, _SIGSET_SIZE)),
     _GETPID,
     Call("gettid", 186),
     Call("tgkill", 234, (None, None, SIGTRAP)),
 )
-_UNMAP = Call("munmap", 11)
 _FILLING = (  # from what has the file's name, or by a copy
     Call("open", 2, (None, _O_RDONLY_CLOEXEC)),
     Call("mmap", 9, (None, None, _CODE, mmap.MAP_PRIVATE | _MAP_FIXED_NOREPLACE)),

@@ -241,16 +241,16 @@ def free_place(target: Target, size: int, distance: int, taken: range = range(0)
     """An address below the libraries where size bytes are free, at a distance that new mappings do not reach soon."""
     mappings = target.mappings
     # The gap below the libraries is the largest one; the kernel places new mappings at its upper end, the heap grows
-    # at its lower end.
+    # at its lower end. Where the stack may grow without limit, mappings begin far below, and the gap is the stack's.
     gaps = [
-        (after.start - before.end, before.end, after.start)
+        (after.start - before.end, before.end, after.start, after.path == "[stack]")
         for before, after in pairwise(mappings)
         if after.start < 1 << 47
     ]
-    for length, start, end in sorted(gaps, reverse=True):
+    for length, start, end, is_stacks in sorted(gaps, reverse=True):
         if length < 4 * size:
             break
-        address = (end - min(max(distance, 2 * size), length // 2)) & _PLACE_MASK
+        address = (end - (length // 2 if is_stacks else min(max(distance, 2 * size), length // 2))) & _PLACE_MASK
         if address <= taken.stop and taken.start <= address + size:
             address = (taken.start - size - 1) & _PLACE_MASK
         if address > start and address + size < end:

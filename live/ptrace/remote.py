@@ -43,7 +43,7 @@ class Remote:
         """Maps a new region, its table marked by the magic but without contents. taken: addresses it must leave free.
 
         Raises:
-            DynacutError: the process does not get the memory, or no thread can be stopped.
+            DynacutError: the process does not get the memory, and has no part of it; or no thread can be stopped.
         """
         process = self._process
         region = choose_address(process, layout, taken)
@@ -53,11 +53,13 @@ class Remote:
         stub.syscall(_SYS_MMAP, region.code, CODE_SIZE, code_protection, flags, -1, 0)
         stub.require(region.code)
         stub.syscall(_SYS_MMAP, region.table, layout.size, PROT_READ | PROT_WRITE, flags, -1, 0)
+        stub.otherwise(region.table, _SYS_MUNMAP, region.code, CODE_SIZE)
         stub.require(region.table)
         if layout.shared:
             shared, size = region.table + layout.size, layout.total_size - layout.size
             flags = flags & ~_MAP_PRIVATE | _MAP_SHARED
             stub.syscall(_SYS_MMAP, shared, size, PROT_READ | PROT_WRITE, flags, -1, 0)
+            stub.otherwise(shared, _SYS_MUNMAP, region.code, CODE_SIZE + layout.size)
             stub.require(shared)
         stub.store(region.table, int.from_bytes(magic, "little"))
         self._shots.shoot(stub, find_slack(process, stub.size))

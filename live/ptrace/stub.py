@@ -116,6 +116,13 @@ class Stub:
         self._exits.append(len(self._code))
         self._code += bytes(4)
 
+    def otherwise(self, value: int, number: int, *arguments: int) -> None:
+        """Makes a system call, unless rax is just this value; what follows sees its result in rax then."""
+        call = Stub()
+        call.syscall(number, *arguments)
+        self._code += _MOV_R64_IMM64["rcx"] + struct.pack("<Q", -value % (1 << 64))
+        self._code += _LEA_RCX_RAX_RCX + _JRCXZ + bytes([len(call._code)]) + call._code
+
     def store(self, address: int, value: int) -> None:
         """Writes 8 bytes at an absolute address."""
         self._load("rcx", address)

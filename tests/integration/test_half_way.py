@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.patch_set import PatchSet
 from dynacut.shared.plan_file import loads
 from dynacut.shared.region import find_region
-from dynacut.shared.target import Target
+from dynacut.shared.target import PAGE_SIZE, Target
 
 from .conftest import Dynacut
 from .programs import DENIED, Program, compile_program, feature
@@ -152,4 +153,26 @@ def test_memory_that_the_kernel_shows_as_one_with_the_handler_and_its_table(prog
     dynacut.json(*live, "--disable", "f")
     assert target.ask("feature 3") == str(DENIED)
     dynacut.json(*live, "--undo")
+    assert target.ask("feature 3") == str(feature(3))
+
+
+def test_a_stack_without_limit_has_its_room(dynacut: Dynacut, tmp_path: Path) -> None:
+    """In a static program nothing else lies below the stack, so that is where the largest gap is."""
+    executable = compile_program("deep", tmp_path, "-static")
+    with Program(Path("/usr/bin/prlimit"), "--stack=unlimited", str(executable)) as target:
+        dynacut.json("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1")
+        assert target.ask("deep 300") == "300"
+        assert target.ask("feature 3") == str(DENIED)
+
+
+@pytest.mark.parametrize("spare", [100_000, 400_000])
+def test_of_memory_that_is_not_to_be_had_whole_no_part_is_kept(program: Start, dynacut: Dynacut, spare: int) -> None:
+    target = program("steps")
+    maps = Path(f"/proc/{target.pid}/maps")
+    before = maps.read_text()
+    size = PAGE_SIZE * int(Path(f"/proc/{target.pid}/statm").read_text().split()[0]) + spare
+    resource.prlimit(target.pid, resource.RLIMIT_AS, (size, size))
+    done = dynacut("live", "--pid", target.pid, "--disable", "feature", "--on-hit", "return=-1", "--timeout", "2")
+    assert (done.returncode, "could not map" in done.stderr) == (1, True), done.stderr
+    assert maps.read_text() == before
     assert target.ask("feature 3") == str(feature(3))

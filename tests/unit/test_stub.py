@@ -65,6 +65,23 @@ def test_a_system_call_is_its_arguments_and_syscall() -> None:
     ]
 
 
+def test_a_call_is_made_only_otherwise_without_flags() -> None:
+    stub = Stub()
+    stub.otherwise(0x1000, 11, 0x3000_0010_0000, 0x20000)
+    stub.set_byte(0x2000)
+    assert text(stub.body()) == [
+        "movabs rcx, 0xfffffffffffff000",
+        "lea rcx, [rax + rcx]",
+        "jrcxz 0x26",
+        "mov eax, 0xb",
+        "movabs rdi, 0x300000100000",
+        "mov esi, 0x20000",
+        "syscall",
+        "mov ecx, 0x2000",
+        "mov byte ptr [rcx], 1",
+    ]
+
+
 def test_a_condition_leaves_the_rest_out_without_flags() -> None:
     stub = Stub()
     stub.require(0x1000)
