@@ -24,6 +24,8 @@ from dynacut.offline import restore as restore_module
 from dynacut.offline.criu import VARIABLE
 from dynacut.offline.criu_options import Record
 from dynacut.offline.restore import Restored
+from dynacut.shared.binary import blocks
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import task_status
 
@@ -259,6 +261,32 @@ def test_nowhere_to_write(redis: Redis, dynacut: Dynacut, images: Path) -> None:
 def test_usage(dynacut: Dynacut) -> None:
     for arguments in (FALLBACK, ("--undo", "--images", "/tmp")):
         assert dynacut("live", "--pid", os.getpid(), *arguments).returncode == 2
+
+
+@pytest.mark.parametrize("scope", ["entry", "block"])
+def test_no_program_is_read_or_decoded_while_it_stands_still(
+    redis: Redis, images: Path, scope: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nor is anything there from an earlier run: all is found out before, in the rehearsal."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    change = round_trip.change
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("the process stands still")
+
+    def frozen(*arguments: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ElfFile, "open", too_late)
+            patch.setattr(blocks, "is_instruction_boundary", too_late)
+            patch.setattr(blocks.BlockMap, "of", too_late)
+            return change(*arguments, **options)
+
+    monkeypatch.setattr(round_trip, "change", frozen)
+    command = ("live", "--pid", redis.pid, *SET_REDIRECTED, "--scope", scope, *FALLBACK, "--images", images)
+    with reaped(redis.pid):
+        status, _, errors = start(*command).result(60)
+    assert status == 0, errors
+    assert isinstance(redis.command("SET", "key", "value"), RedisError)
 
 
 # What goes wrong once it is dumped.
