@@ -21,6 +21,7 @@ import pytest
 from dynacut.live.ptrace.tracee import Tracee
 from dynacut.offline import checkpoint, processes, round_trip
 from dynacut.offline import restore as restore_module
+from dynacut.offline.change import change
 from dynacut.offline.criu import VARIABLE
 from dynacut.offline.criu_options import Record
 from dynacut.offline.restore import Restored
@@ -269,7 +270,6 @@ def test_no_program_is_read_or_decoded_while_it_stands_still(
 ) -> None:
     """Nor is anything there from an earlier run: all is found out before, in the rehearsal."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    change = round_trip.change
 
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("the process stands still")
