@@ -46,8 +46,8 @@ _ALWAYS = (
     Call("rt_sigaction", 13, (None, None, None, _SIGSET_SIZE)),
 )
 _UNMAP = Call("munmap", 11)
-# The region, or where it is not to be had no part of it; a trap that is not ours, passed on to the program's handler, or
-# to its death (pass_on in trap.c).
+# The region, or where it is not to be had no part of it; a trap that is not ours, passed on to the program's handler,
+# or to its death (pass_on in trap.c).
 _INSTALLING = (
     Call("mmap", 9, (None, None, _CODE, _FLAGS | _MAP_NORESERVE, _NO_FILE, 0)),
     Call("mmap", 9, (None, None, _DATA, _FLAGS | _MAP_NORESERVE, _NO_FILE, 0)),
