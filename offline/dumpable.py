@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynacut.offline import processes
@@ -36,7 +37,7 @@ def admit(pid: int) -> list[int]:
         raise DynacutError(f"dynacut descends from {label} and would be frozen with it", "start it from elsewhere")
     _check_namespace(pid, label)
     for member in tree:
-        _check_session(member)
+        _check_session(member, tree)
         _check_process(member, status.ppid if member == pid else None)
     return tree
 
@@ -66,10 +67,15 @@ def _namespace(pid: int | str) -> str:
         raise DynacutError(problem, "see whether it still runs") from None
 
 
-def _check_session(pid: int) -> None:
-    """CRIU makes sessions anew on restore and needs the leader's pid; one from outside has none in this namespace."""
+def _check_session(pid: int, tree: Sequence[int]) -> None:
+    """CRIU makes sessions anew on restore and needs the leader's pid; one from outside has none in this namespace.
+
+    Another session than the root's whose leader is not in the tree is made by a helper, which ends (prepare_pstree_ids
+    in criu/pstree.c): its processes would then be children of whoever restores, and their parent would not have them.
+    """
     try:
         session = os.getsid(pid)
+        own = os.getsid(tree[0])
     except OSError:
         return  # it has ended meanwhile
     if session == 0:
@@ -77,6 +83,12 @@ def _check_session(pid: int) -> None:
             f"{processes.described(pid)} belongs to a session that was begun outside of its pid namespace, which CRIU "
             "cannot dump",
             "start the program in a session of its own, by `setsid`; or patch it by `dynacut live`",
+        )
+    if session != own and session not in tree:
+        raise DynacutError(
+            f"{processes.described(pid)} belongs to a session whose leader, process {session}, has ended: a restore "
+            "would take it away from its parent",
+            "give the process itself by --pid; or patch it by `dynacut live --tree`",
         )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from dynacut.offline.dumpable import admit
 from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.proc import task_status, thread_ids
+from dynacut.shared.proc import children, task_status, thread_ids
 
 from .checkpoints import NOBODY, job, python_job, reaping, shell_job, the_criu, wait_for_state
 from .conftest import Dynacut
@@ -255,6 +256,49 @@ def test_another_users_process_without_the_capability(tmp_path: Path) -> None:
         pytest.skip("this machine gives root CAP_SYS_RESOURCE, so such a process can be dumped")
     with job("sleep", "1000", user=NOBODY) as pid:
         refused(pid, tmp_path / "image", f"runs as uid {NOBODY}, and dynacut lacks CAP_SYS_RESOURCE", "dynacut live")
+
+
+LEADERLESS = """
+import ctypes, os, sys, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+child = os.fork()
+if child == 0:
+    {begin}
+    if os.fork() == 0:
+        time.sleep(1000)
+    os._exit(0)
+os.waitpid(child, 0)
+time.sleep(1000)
+"""
+
+
+def leaderless(pid: int, leader_of: Callable[[int], int]) -> int:
+    """The child of a process that has an ended leader, as soon as there is one."""
+    found: list[int] = []
+
+    def look_for_it() -> bool:
+        with suppress(ProcessLookupError):
+            found[:] = [each for each in children(pid) if not Path(f"/proc/{leader_of(each)}").exists()]
+        return bool(found)
+
+    wait_until(look_for_it, "a leader's end")
+    return found[0]
+
+
+def test_a_session_whose_leader_has_ended(tmp_path: Path) -> None:
+    """CRIU would restore its processes as children of somebody else."""
+    with job(*python_job(LEADERLESS.format(begin="os.setsid()"))) as pid:
+        assert leaderless(pid, os.getsid)
+        refused(pid, tmp_path / "image", "has ended: a restore would take it away from its parent", "--tree")
+
+
+def test_a_process_group_whose_leader_has_ended(criu: Criu, tmp_path: Path) -> None:
+    with job(*python_job(LEADERLESS.format(begin="os.setpgid(0, 0)"))) as pid:
+        child = leaderless(pid, os.getpgid)
+        group = os.getpgid(child)
+        checkpoint(pid, tmp_path / "image", criu=criu)
+        restore(tmp_path / "image", criu=criu)
+        assert (list(children(pid)), os.getpgid(child)) == ([child], group)
 
 
 def test_a_session_outside_of_the_pid_namespace(tmp_path: Path) -> None:
