@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_json, print_table, warn
 from dynacut.cli.steps import Steps
+from dynacut.handlers.table import Action
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         steps.tell("finding blocks, and what ran at start-up only")
         parts = startup_code(init, later, arguments.module, all_modules=arguments.all_modules)
     on_hit = OnHit.parse(arguments.on_hit or "learn")
+    _warn_of(on_hit)
     plan = startup_plan(parts, on_hit, Scope(arguments.scope or Scope.ENTRY))
     if arguments.output is not None:
         write(arguments.output, plan, [f"Start-up code of {', '.join(plan.modules)}."])
@@ -91,15 +93,16 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 def _keep(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.shared.coverage.drcov import read_union
     from dynacut.shared.coverage.keep import without
+    from dynacut.shared.coverage.startup import FEATURE
 
     if arguments.plan is None:
         raise usage("--keep needs the plan: --plan PLAN.toml")
     plan, count = without(load(arguments.plan), read_union(arguments.keep, warn))
-    if arguments.on_hit or arguments.scope:
-        plan = plan.with_action(
-            OnHit.parse(arguments.on_hit) if arguments.on_hit else None,
-            Scope(arguments.scope) if arguments.scope else None,
-        )
+    on_hit = OnHit.parse(arguments.on_hit) if arguments.on_hit else None
+    if on_hit or arguments.scope:
+        plan = plan.with_action(on_hit, Scope(arguments.scope) if arguments.scope else None)
+    if on_hit and any(feature.name == FEATURE for feature in plan.features):
+        _warn_of(on_hit)
     output = arguments.output or arguments.plan
     write(output, plan, [f"{count} blocks that have to stay were taken out."])
     left = sum(len(feature.sites) for feature in plan.features)
@@ -108,6 +111,15 @@ def _keep(arguments: argparse.Namespace) -> ExitStatus:
     elif not arguments.quiet:
         print(f"{count:,} blocks stay, {left:,} go: {printable(str(output))}")
     return ExitStatus.DONE
+
+
+def _warn_of(on_hit: OnHit) -> None:
+    """What ran at start-up only is never known for certain."""
+    if on_hit.action is Action.TERMINATE:
+        warn(
+            "the process ends when it needs one of these blocks after all: let it learn under real traffic first, for "
+            "as long as its rarest work takes, or leave it at learn"
+        )
 
 
 def _print(parts: Sequence[StartupCode], output: Path | None) -> None:

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from .conftest import Dynacut
-from .http_workload import reload, requests
 from .servers import HttpServer, Redis, Server, free_port, wait_until
 from .test_trace import begin
 from .tracer import Tracer
@@ -37,7 +37,6 @@ def work(server: Server) -> list[object]:
     for method, path in REQUESTS:
         status, _, body = server.request(method, path, "text" if method == "PUT" else None)
         replies.append((method, path, status, body))
-    requests(server.port)
     return replies
 
 
@@ -60,9 +59,13 @@ class Recording:
 
 
 def record(
-    kind: type[Server], folder: Path, *, reloaded: bool = False, end: signal.Signals = signal.SIGTERM
+    kind: type[Server],
+    folder: Path,
+    *,
+    use: Callable[[int, int], None] | None = None,
+    end: signal.Signals = signal.SIGTERM,
 ) -> Recording:
-    """Records one. reloaded: nginx reads its settings again, as part of its service. end: the signal that ends it."""
+    """Records one. use: what it serves besides the workload, called with port and pid. end: the signal that ends it."""
     # What redis does in every tenth pass of replicationCron, one a second, it does in every one.
     server = Redis({"repl-ping-replica-period": 1}) if kind is Redis else kind()
     try:
@@ -77,9 +80,8 @@ def record(
                 work(server)
             if isinstance(server, Redis):
                 await_timers(server)
-            if reloaded:
-                reload(child.pid)
-                work(server)
+            if use is not None:
+                use(server.port, child.pid)
             begin(Dynacut(), child.pid, "end", tracer)
             child.send_signal(end)
             _, errors = tracer.process.communicate(timeout=60)

@@ -287,6 +287,19 @@ def test_the_command_writes_the_plan_and_tells_the_figures(tmp_path: Path, capsy
     assert len(feature.sites) == len(only(startup_code(*as_arguments(init_and_serving("x")))))
 
 
+def test_a_plan_that_may_end_the_process_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command, plan = logs(tmp_path), str(tmp_path / "plan.toml")
+    warning = "the process ends when it needs one of these blocks after all"
+    assert main([*command, "-o", plan, "-q"]) == 0
+    assert warning not in capsys.readouterr().err
+    assert main([*command, "-o", plan, "-q", "--on-hit", "terminate"]) == 0
+    assert warning in capsys.readouterr().err
+    nothing = tmp_path / "nothing.drcov"
+    write(nothing, Coverage(()))
+    assert main(["plan", "--plan", plan, "--keep", str(nothing), "-q", "--on-hit", "terminate=1"]) == 0
+    assert warning in capsys.readouterr().err
+
+
 def test_an_init_point_in_a_log_of_dynacut_research_with_timestamps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
