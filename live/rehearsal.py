@@ -12,6 +12,7 @@ from dynacut.live.lock import locked
 from dynacut.live.process import Process
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.proc import is_alive
 from dynacut.shared.region import find_region
 
 
@@ -27,7 +28,7 @@ class Rehearsal:
 def rehearsed(pid: int, resolve: Resolve, *, tree: bool) -> Iterator[Rehearsal]:
     """Verifies a change without a stop, and keeps other dynacuts from these processes until the end of the context.
 
-    Descendants that run another executable are passed over: the change need not fit them.
+    Descendants that run another executable are passed over where the change does not fit them, as in an image.
 
     Raises:
         DynacutError: the change does not fit; nothing has been touched.
@@ -39,13 +40,18 @@ def rehearsed(pid: int, resolve: Resolve, *, tree: bool) -> Iterator[Rehearsal]:
         for each in descendants(pid) if tree else [pid]:
             try:
                 process = root if each == pid else stack.enter_context(Process(each))
+                stack.enter_context(locked(each))
+                found = find_region(process)
             except DynacutError:
+                if each == pid or is_alive(each):
+                    raise
                 continue  # a child that ended meanwhile
-            if process.exe != root.exe:
+            try:
+                patches = resolve(process, found.table if found else None)
+            except DynacutError:
+                if process.exe == root.exe:
+                    raise
                 continue
-            stack.enter_context(locked(each))
-            found = find_region(process)
-            patches = resolve(process, found.table if found else None)
             edits += len(patches.edits)
             changes = changes or patches.changes
         yield Rehearsal(edits, changes)

@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 
+from dynacut.handlers.table import Table
 from dynacut.live.ptrace.tracee import Tracee
+from dynacut.live.rehearsal import rehearsed
 from dynacut.offline import checkpoint, processes, round_trip
 from dynacut.offline import restore as restore_module
 from dynacut.offline.change import change
@@ -28,9 +30,11 @@ from dynacut.offline.restore import Restored
 from dynacut.shared.binary import blocks
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.proc import task_status
+from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
+from dynacut.shared.proc import children, executable, task_status
+from dynacut.shared.target import Target
 
-from .checkpoints import job, the_criu
+from .checkpoints import job, python_job, the_criu
 from .conftest import Dynacut
 from .programs import compile_program
 from .servers import Nginx, Redis, RedisError, is_gone, is_running, wait_until
@@ -287,6 +291,31 @@ def test_no_program_is_read_or_decoded_while_it_stands_still(
         status, _, errors = start(*command).result(60)
     assert status == 0, errors
     assert isinstance(redis.command("SET", "key", "value"), RedisError)
+
+
+def test_a_rehearsal_looks_at_children_that_run_other_programs() -> None:
+    """Where the change fits them, they are changed in the image as well; where it does not, they are left alone."""
+    code = "import subprocess; subprocess.run(['sleep', '1000'])"
+    with job(*python_job(code)) as pid:
+        wait_until(lambda: [task_status(each).name for each in children(pid)] == ["sleep"], "the child")
+        (child,) = children(pid)
+        seen, refusing = list[str](), set[str]()
+
+        def resolve(target: Target, _: Table | None) -> PatchSet:
+            seen.append(target.exe)
+            if target.exe in refusing:
+                raise DynacutError("it does not fit")
+            return PatchSet((ByteEdit(4096, b"a", b"b"),), HandlerChange.KEEP, ("f",), (), (), ())
+
+        programs = [executable(each) for each in (pid, child)]
+        with rehearsed(pid, resolve, tree=True) as rehearsal:
+            assert (rehearsal.edits, seen) == (2, programs)
+        refusing.add(programs[1])
+        with rehearsed(pid, resolve, tree=True) as rehearsal:
+            assert (rehearsal.edits, seen[2:]) == (1, programs)
+        refusing.add(programs[0])
+        with pytest.raises(DynacutError, match="does not fit"), rehearsed(pid, resolve, tree=True):
+            pass
 
 
 # What goes wrong once it is dumped.
