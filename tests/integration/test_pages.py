@@ -32,7 +32,7 @@ from .test_offline import checkpointed, end, table_of, tree_of
 from .trims import ended
 from .untouched import Snapshot
 
-_MOST_BLOCKS = 4_000  # in a plan: more take their time
+_MOST_BLOCKS = 8_000  # in a plan: more take their time
 
 
 def sentinel_plan(path: Path, on_hit: str = "terminate") -> Path:
