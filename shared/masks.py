@@ -26,10 +26,19 @@ def record(target: Writable, region: Region, table: Table, repairs: Iterable[Rep
         DynacutError: they are more than a table can record.
     """
     new = [repair for repair in dict.fromkeys(repairs) if repair not in table.repairs]
+    write_further(target, region, table, new)
+    return replace(table, repairs=(*table.repairs, *new))
+
+
+def write_further(target: Writable, region: Region, table: Table, new: Sequence[Repair]) -> None:
+    """As record(), of repairs that are not on record yet; the table that the caller has stays as it is.
+
+    Raises:
+        DynacutError: they are more than a table can record.
+    """
     if len(table.repairs) + len(new) > REPAIR_CAPACITY:
         raise too_many_masks(target, len(table.repairs) + len(new))
     write_table(target, region, table.further_repair_writes(new))
-    return replace(table, repairs=(*table.repairs, *new))
 
 
 def forget_ended(target: Writable, region: Region, table: Table, standing: Sequence[Repair]) -> Table:

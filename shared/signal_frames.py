@@ -115,6 +115,8 @@ def put_masks_back(target: Writable, stack_pointer: int, restorers: Collection[i
 
 
 def _saved_masks(target: Target, stack_pointer: int, restorers: Collection[int]) -> list[SavedMask]:
+    if not restorers:
+        return []  # without handlers there are no frames
     return [
         SavedMask(
             stack.start + position + _CONTEXT + _MASK,

@@ -19,7 +19,7 @@ from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.masks import forget_ended, masks_before, record, standing_repairs, too_many_masks
+from dynacut.shared.masks import forget_ended, masks_before, record, standing_repairs, too_many_masks, write_further
 from dynacut.shared.proc import blocked_in, is_kernels_own, ran_ns, start_time, task_status, thread_ids
 from dynacut.shared.region import Region
 from dynacut.shared.signal_frames import blocking_masks, clear_masks, put_masks_back
@@ -31,6 +31,8 @@ thread, and a signal handler's mask goes when it returns."""
 _STARVING = 1.0
 """Seconds that such a thread, ready to run, is waited for at most."""
 _LOOK_PAUSE = 0.002
+_LEAST_LOOKS = 15
+"""At a thread that keeps another mask than the one to put back, before it is taken to be meant."""
 _QUIET_LOOKS = 3
 _STOP_TIMEOUT = 0.5
 # rt_sigtimedwait, rt_sigsuspend, pselect6, ppoll, epoll_pwait, io_pgetevents, epoll_pwait2
@@ -110,10 +112,12 @@ class _Unblocking:
 
     def _unblock(self, tid: int) -> bool:
         """Unblocks a thread; whether that was needed. False if it has ended."""
+        new: list[Repair] = []
         try:
             with urgent(), Tracee(tid) as tracee:
+                started = start_time(self.process.pid, tid)
                 tracee.interrupt(_STOP_TIMEOUT)
-                needed = self._unblock_stopped(tracee)
+                needed = self._unblock_stopped(tracee, started, new)
             self.clock.add(tracee.stopped_ns)
         except (ThreadGoneError, FileNotFoundError, ProcessLookupError):
             return False
@@ -122,20 +126,21 @@ class _Unblocking:
                 f"thread {tid} of {self.process.label} blocks SIGTRAP and could not be stopped to change that",
                 "nothing was disabled; try again",
             ) from None
+        finally:
+            self.table = replace(self.table, repairs=(*self.table.repairs, *new))
         return needed
 
-    def _unblock_stopped(self, tracee: Tracee) -> bool:
+    def _unblock_stopped(self, tracee: Tracee, started: int, new: list[Repair]) -> bool:
+        """As _unblock(). new: gets the repairs that were put on record."""
         mask = tracee.blocked_signals()
         saved = blocking_masks(self.process, tracee.registers["rsp"], self.restorers)
         if not mask & SIGTRAP_BIT and not saved:
             return False
-        started = start_time(self.process.pid, tracee.tid)
-        repairs = [
-            Repair(RepairKind.THREAD_MASK, tracee.tid, started, blocked)
-            for blocked in (mask, *(each.mask for each in saved))
-            if blocked & SIGTRAP_BIT
-        ]
-        self.table = record(self.process, self.region, self.table, repairs)
+        for blocked in (mask, *(each.mask for each in saved)):
+            repair = Repair(RepairKind.THREAD_MASK, tracee.tid, started, blocked)
+            if blocked & SIGTRAP_BIT and repair not in self.table.repairs and repair not in new:
+                new.append(repair)
+        write_further(self.process, self.region, self.table, new)
         clear_masks(self.process, saved)
         tracee.set_blocked_signals(mask & ~SIGTRAP_BIT)
         return True
@@ -205,7 +210,7 @@ def block_threads_again(process: Process, table: Table, restorers: Collection[in
         DynacutError: a thread cannot be stopped.
     """
     before = masks_before(_standing(process.pid, table))
-    ran, began = {tid: ran_ns(process.pid, tid) for tid in before}, time.monotonic()
+    ran, began, looks = {tid: ran_ns(process.pid, tid) for tid in before}, time.monotonic(), 0
     if before:
         process.refresh()  # the stacks
     while before:
@@ -227,7 +232,9 @@ def block_threads_again(process: Process, table: Table, restorers: Collection[in
                     "run --undo again",
                     status=ExitStatus.CHECK_FAILED,
                 ) from None
-        if not _may_pass(process.pid, {tid: ran[tid] for tid in before}, began):
+        looks += 1
+        hurried = looks < _LEAST_LOOKS and time.monotonic() - began < _STARVING  # it is we who have hardly run
+        if not before or not (hurried or _may_pass(process.pid, {tid: ran[tid] for tid in before}, began)):
             return
         time.sleep(_LOOK_PAUSE)
 
