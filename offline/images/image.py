@@ -95,11 +95,13 @@ class Image:
         """The memfds by inode, anonymous shared memory among them."""
         if not self.folder.has("memfd.img"):
             return {}
-        entries = self.folder.parse("memfd.img", _MEMFD_MAGIC, MemfdInodeEntry)
-        return {
-            int(entry.inode_id): ImageFile(f"/memfd:{os.fsdecode(bytes(entry.name))}", 0, b"", int(entry.shmid))
-            for entry in entries
-        }
+        found: dict[int, ImageFile] = {}
+        for entry in self.folder.parse("memfd.img", _MEMFD_MAGIC, MemfdInodeEntry):
+            if entry.inode_id in found:
+                raise self.folder.broken("memfd.img", f"two files have the number {entry.inode_id}")
+            name = os.fsdecode(bytes(entry.name))
+            found[int(entry.inode_id)] = ImageFile(f"/memfd:{name}", 0, b"", int(entry.shmid))
+        return found
 
 
 def _make_room(files: int) -> None:

@@ -32,7 +32,7 @@ from dynacut.offline.change import look
 from dynacut.offline.images.files import MAX_MESSAGES, packed
 from dynacut.offline.images.image import Image
 from dynacut.offline.images.process import MM_MAGIC
-from dynacut.offline.images.schema import FileEntry, Message, PstreeEntry
+from dynacut.offline.images.schema import FileEntry, MemfdInodeEntry, Message, PstreeEntry
 from dynacut.offline.images.tree import CORE_MAGIC
 from dynacut.offline.layer import write_image
 from dynacut.shared.errors import DynacutError
@@ -161,6 +161,12 @@ def test_two_files_of_one_number(image: Path) -> None:
 
     changed(image, "files.img", FILES_MAGIC, repeat, FileEntry)
     assert "two files have the number 1" in refused(image)
+
+
+def test_two_memfds_of_one_number(image: Path) -> None:
+    memfds = [MemfdInodeEntry(name=name, shmid=shmid, inode_id=7) for name, shmid in ((b"one", 1), (b"two", SHARED_ID))]
+    (image / "memfd.img").write_bytes(packed(0x48453499, memfds))
+    assert "two files have the number 7" in refused(image)
 
 
 @pytest.mark.parametrize("name", [CORE, MM])
