@@ -353,6 +353,20 @@ def test_a_part_of_a_function_that_lies_apart_is_no_entry(program: Start, site: 
     _refused_for(program("apart"), "--disable", site, "--on-hit", on_hit, "--as", "x", says=says)
 
 
+def test_a_block_while_a_stack_lies_amid_other_memory(program: Start) -> None:
+    """To search all that may be the stack would take seconds, in which every thread stands still."""
+    target = program("amid")
+    says = "has its stack amid other memory"
+    what = ("--disable", "feature", "--on-hit", "return=-1", "--as", "f", "--scope", "block")
+    before = Snapshot.of(target.pid)
+    _refused("--pid", target.pid, *what, says=says, advises="--scope entry")
+    assert Snapshot.of(target.pid) == before
+    assert target.ask("feature 3") == str(feature(3))
+    code, _, errors = start("live", "--pid", target.pid, *what[:-1], "entry").result()
+    assert code == 0, errors
+    assert target.ask("feature 3") == "-1"
+
+
 def test_an_ambiguous_symbol_is_listed_with_its_places(program: Start, tmp_path: Path) -> None:
     sources = []
     for number in (1, 2):
