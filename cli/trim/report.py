@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_table
 from dynacut.shared.errors import printable
+from dynacut.shared.proc import is_alive
 
 if TYPE_CHECKING:
     from dynacut.jobs.trim.steps import Trim
@@ -79,9 +80,12 @@ def print_report(document: dict[str, Any], *, ended: bool) -> None:
     """Prints the tables, and where everything is."""
     titles = ("start-up code", "the service, before and after", "rounds of the workload")
     for title, table in zip(titles, document["tables"], strict=True):
-        print_table(title, table["columns"], table["rows"], right=frozenset({2, 3}))
+        print_table(title, table["columns"], table["rows"], right=frozenset({2, 3, 4}))
     for line in document["summary"]:
         print(printable(line))
     print(f"the plan: {printable(document['plan'])}; the picture: {printable(document['html'])}")
     pid = document["target"]["pid"]
-    print(f"process {pid} was ended" if ended else f"process {pid} runs on, trimmed")
+    if ended:
+        print(f"process {pid} was ended")
+    else:
+        print(f"process {pid} runs on, trimmed" if is_alive(pid) else f"process {pid}, trimmed, has ended since")

@@ -64,14 +64,18 @@ def test_a_signal_handler_of_start_up_is_gone_and_the_work_goes_on(way: str, tri
     assert ended(pid) == ENDED_BY_SIGTRAP
 
 
-def test_the_graceful_end_was_a_phase_and_passes(trim: Trims, tmp_path: Path) -> None:
+def test_the_graceful_end_was_a_phase_and_passes(trim: Trims, dynacut: Dynacut, tmp_path: Path) -> None:
     port = free_port()
     work = asking(port, "'work 5'", str(feature(5)))
     program = compile_program("startup", tmp_path)
-    report = trim("--live", "--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
+    options = ("--live", "--ready-log", "^ready", *QUICK, "--workload", work, "--", program, port)
+    report = trim(*options)
     os.kill(report["target"]["pid"], signal.SIGTERM)
     assert ended(report["target"]["pid"]) == 0
     assert "ended after 1 interrupts" in (trim.directory / "output.log").read_text().splitlines()[-1]
+    later = dynacut("trim", "-o", trim.directory, *options)
+    assert later.returncode == 0, later.stderr
+    assert f"process {report['target']['pid']}, trimmed, has ended since" in later.stdout
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "live"])
