@@ -153,9 +153,13 @@ def _does_not_stop(process: Process, tid: int) -> DynacutError:
 
 
 def _find_thread(process: Process, occupancy: Occupancy, tracees: dict[int, Tracee]) -> _Busy | None:
-    """Says which thread is amid an edit, or has an address on its stack that is; None if none has."""
+    """Says which thread is amid an edit, or has an address on its stack that is; None if none has.
+
+    Of several, one that waits in a system call: it decides whether it helps to keep others out.
+    """
     if occupancy.is_free:
         return None
+    runs = None
     for tid, tracee in tracees.items():
         if never_runs(tracee.registers):
             continue
@@ -163,11 +167,15 @@ def _find_thread(process: Process, occupancy: Occupancy, tracees: dict[int, Trac
         # Right behind the first byte and with a SIGTRAP pending it has hit the int3, and is on its way out.
         trapped = occupancy.is_behind_first(rip) and tracee.pending_signals() & SIGTRAP_BIT
         if occupancy.contains(rip) and not trapped:
-            return _Busy(f"thread {tid} is at {rip:#x}, amid the bytes to change", waits=False)
+            runs = _Busy(f"thread {tid} is at {rip:#x}, amid the bytes to change", waits=False)
+            continue
         address = occupancy.on_stacks(process, tracee.registers["rsp"])
         if address is not None:
-            return _Busy(f"thread {tid} may return to {address:#x}, amid the bytes to change", tracee.in_syscall)
-    return None
+            busy = _Busy(f"thread {tid} may return to {address:#x}, amid the bytes to change", tracee.in_syscall)
+            if busy.waits:
+                return busy
+            runs = busy
+    return runs
 
 
 @dataclass(frozen=True)
