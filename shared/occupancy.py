@@ -6,14 +6,11 @@ import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import ByteEdit
-from dynacut.shared.signal_frames import RIP_IN_FRAME, SignalFrames, aligned_words, stacks
+from dynacut.shared.signal_frames import RIP_IN_FRAME, SignalFrames, aligned_words, whole_stacks
 from dynacut.shared.target import Target
 
 _INT3 = 0xCC
-_LARGEST_STACK = 32 << 20
-"""Bytes from a stack pointer to the end of its mapping: the threads stand still while they are searched."""
 
 
 class Occupancy:
@@ -64,14 +61,8 @@ class Occupancy:
             DynacutError: a stack has no end that is near: it lies amid other memory, which nobody can wait for.
         """
         is_known = False
-        for stack in stacks(target, stack_pointer, {*self._frames.restorers, self._frames.own}, _LARGEST_STACK):
+        for stack in whole_stacks(target, stack_pointer, {*self._frames.restorers, self._frames.own}):
             is_known = True
-            if len(stack.contents) >= _LARGEST_STACK:
-                raise DynacutError(
-                    f"a thread of {target.label} has its stack amid other memory, at {stack.start:#x}: where it may "
-                    "return to cannot be told in a short time",
-                    "use --scope entry, which needs not know it",
-                )
             passing = {position + RIP_IN_FRAME for position, restorer in stack.frames if restorer == self._frames.own}
             for pattern in self._patterns:
                 for position in aligned_words(stack.contents, pattern, 3):

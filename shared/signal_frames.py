@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dynacut.shared.errors import DynacutError
 from dynacut.shared.target import SIGTRAP_BIT, Target, Writable
 
 _CONTEXT = 8
@@ -24,6 +25,9 @@ _WORD = struct.Struct("<Q")
 _SELECTORS = struct.Struct("<HHHH")
 _SEARCHED_FOR_MASKS = 8 << 20
 """Bytes of one stack; threads of a runtime's own making may have theirs amid gigabytes of heap."""
+
+_LARGEST = 32 << 20
+"""Bytes from a stack pointer to the end of its mapping: the threads stand still while they are searched."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,22 @@ def stacks(target: Target, stack_pointer: int, restorers: Collection[int], most:
         ]
         pending += [_word(contents, position, _RSP) for position, _ in frames]
         yield Stack(first, contents, frames)
+
+
+def whole_stacks(target: Target, stack_pointer: int, restorers: Collection[int]) -> Iterator[Stack]:
+    """The stacks of a thread as stacks() gives them, to their ends.
+
+    Raises:
+        DynacutError: one has no end that is near: it lies amid other memory, and nobody can wait for a search of that.
+    """
+    for stack in stacks(target, stack_pointer, restorers, _LARGEST):
+        if len(stack.contents) >= _LARGEST:
+            raise DynacutError(
+                f"a thread of {target.label} has its stack amid other memory, at {stack.start:#x}: where it may "
+                "return to cannot be told in a short time",
+                "use --scope entry, which needs not know it",
+            )
+        yield stack
 
 
 @dataclass(frozen=True)

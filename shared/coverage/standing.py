@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
+from dynacut.shared.signal_frames import whole_stacks
 from dynacut.shared.target import Target
 
 
@@ -15,6 +16,9 @@ def standing_of(target: Target, threads: Iterable[tuple[int, int]]) -> Coverage:
 
     threads: instruction pointer and stack pointer of each. A word may be old, or no return address at all: then a block
     is kept that could have gone. Interrupted stacks behind an alternate one are not followed.
+
+    Raises:
+        DynacutError: a stack cannot be read, or lies amid much other memory.
     """
     parts = sorted(
         (mapping.start, mapping.end, module) for module in target.modules for mapping in module.executable_mappings
@@ -32,7 +36,5 @@ def standing_of(target: Target, threads: Iterable[tuple[int, int]]) -> Coverage:
 
 def _stack(target: Target, rsp: int) -> Iterator[int]:
     """The words of a stack, from the stack pointer on."""
-    first = rsp & ~7
-    mapping = next((part for part in target.mappings if part.start <= first < part.end), None)
-    if mapping is not None and mapping.readable:
-        yield from array("Q", target.read(first, mapping.end - first))
+    for stack in whole_stacks(target, rsp, ()):
+        yield from array("Q", stack.contents)
