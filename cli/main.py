@@ -131,6 +131,7 @@ def command_parser(names: Sequence[str]) -> argparse.ArgumentParser:
         epilog="exit status: 0 done; 1 refused, target untouched; 2 wrong usage; 3 changed, but the check afterwards "
         "failed; 4 state of the target unknown",
         formatter_class=_wide_names,
+        allow_abbrev=False,
     )
     if len(names) == 1:
         parser.subcommand = f" {names[0]}"
@@ -145,6 +146,7 @@ def command_parser(names: Sequence[str]) -> argparse.ArgumentParser:
             description=textwrap.fill(command.DESCRIPTION, width),
             epilog=command.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # --un is no wish to --undo
         )
         command.prepare_parser(subparser)
         subparser.set_defaults(run=command.run)

@@ -37,8 +37,10 @@ class Session:
         """Checks what can be checked without the process.
 
         Raises:
-            DynacutError: a phase cannot be called so, the log cannot be written there, or readiness be told so.
+            DynacutError: a phase cannot be called so, the log cannot be written there, or readiness not be told
+                in this way.
         """
+        from dynacut.live.tracing.listening import check_unused
         from dynacut.live.tracing.phases import check_phase_name
         from dynacut.live.tracing.readiness import Readiness
         from dynacut.shared.coverage.drcov import check_writable
@@ -52,6 +54,8 @@ class Session:
         """After run(): processes of the program that it has started, which go on without a trace."""
         check_writable(arguments.output)
         Readiness(arguments.ready_port, _pattern(arguments))
+        if command and arguments.ready_port is not None:
+            check_unused(arguments.ready_port)
 
     def run(self) -> dict[str, tuple[Path, Coverage]]:
         """Starts or attaches, traces until it shall end, disarms, writes the logs; returns them by phase.

@@ -75,11 +75,10 @@ class Service:
         Raises:
             DynacutError: somebody listens on its port: it would seem to be ready at once, and another would be traced.
         """
-        if self._is_listening():
-            raise DynacutError(
-                f"TCP port {self.ready_port} is in use already, so it cannot tell when the program is ready",
-                "end what listens there (`ss -ltnp` shows it), or give a port of the program's own",
-            )
+        from dynacut.live.tracing.listening import check_unused
+
+        if self.ready_port is not None:
+            check_unused(self.ready_port)
         return self.output.stat().st_size if self.output.exists() else 0
 
     def await_ready(self, seen: int, lives: Callable[[], bool]) -> None:
@@ -106,18 +105,15 @@ class Service:
 
     def _is_ready(self, seen: int) -> bool:
         if self.ready_port is not None:
-            return self._is_listening()
+            from dynacut.live.tracing.listening import is_listening
+
+            return is_listening(self.ready_port)
         if self.ready_log is None or not self.output.exists():
             return self.ready_log is None
         with self.output.open("rb") as file:
             file.seek(seen)
             text = file.read().decode(errors="replace")
         return re.search(self.ready_log, text, re.MULTILINE) is not None
-
-    def _is_listening(self) -> bool:
-        from dynacut.live.tracing.listening import is_listening
-
-        return self.ready_port is not None and is_listening(self.ready_port)
 
     def work(self, pid: int) -> None:
         """Runs the workload, then the other serving phases, once.

@@ -7,8 +7,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dynacut.shared.errors import DynacutError
+
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTEN = "0A"
+
+
+def check_unused(port: int) -> None:
+    """Raises:
+    DynacutError: somebody listens on the port already: a program to be started would seem to be ready at once.
+    """
+    if is_listening(port):
+        raise DynacutError(
+            f"TCP port {port} is in use already, so it cannot tell when the program is ready",
+            "end what listens there (`ss -ltnp` shows it), or give a port of the program's own",
+        )
 
 
 def is_listening(port: int) -> bool:

@@ -290,6 +290,16 @@ def test_wrong_usage_is_said_before_anything_is_done(
     assert "Traceback" not in done.stderr
 
 
+def test_a_port_of_somebody_else_does_not_tell_that_a_program_is_ready(
+    redis: Redis, dynacut: Dynacut, tmp_path: Path
+) -> None:
+    started = tmp_path / "started"
+    done = dynacut("trace", "-o", tmp_path / "x", "--ready-port", redis.port, "--", "touch", started)
+    assert done.returncode == 1
+    assert f"TCP port {redis.port} is in use already" in done.stderr
+    assert not started.exists()
+
+
 def test_a_log_that_cannot_be_written_is_refused_before_it_is_recorded(
     redis: Redis, dynacut: Dynacut, tmp_path: Path
 ) -> None:

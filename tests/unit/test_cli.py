@@ -82,6 +82,7 @@ def test_the_command_runs_as_a_module_too() -> None:
         ["live", "--pid", "1", "--scope", "all"],
         ["live", "--pid", "1", "--disable"],
         ["live", "--pid", "1", "--nothing"],
+        ["live", "--pid", "1", "--und"],
     ],
 )
 def test_wrong_usage_is_exit_status_2(arguments: list[str], capsys: Capture) -> None:
