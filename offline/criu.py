@@ -33,7 +33,7 @@ _CACHE_NAME = "criu.json"
 _MAX_CACHE_SIZE = 1 << 16
 _MAX_LOG_SIZE = 64 << 20
 _MAX_ERRORS = 8
-_LOG_ERROR = re.compile(r"^(?:\(\d+\.\d+\))?\s*(?:\d+:)?\s*Error (\(.*)$")
+_LOG_ERROR = re.compile(r"^(?:\(\d+\.\d+\))?\s*(?:pie: )?(?:\d+:)?\s*Error (\(.*)$")
 _HARMLESS = ("Can't setup RLIMIT_NOFILE for self",)
 """Called errors, but CRIU goes on: without CAP_SYS_RESOURCE it cannot raise its own limit."""
 _LOCKS = ("nftables", "iptables", "skip")

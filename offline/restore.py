@@ -22,6 +22,9 @@ _LOG_NAME = "restore.log"
 _REAP_TIMEOUT = 5.0
 _LEAST_TIMEOUT = 60.0
 _LEAST_BYTES_PER_SECOND = 20e6
+_TAKEN = ("Unable to create a thread: -17", ": File exists")
+"""Errors in CRIU's log when somebody else has got an id meanwhile that the image needs; each new process gets one."""
+_TRIES = 5
 _ADVICE = (
     ("has bad size", "a file has changed since the dump: put it back, or make a new checkpoint"),
     ("has bad build-ID", "a program or library was replaced since the dump: put it back, or make a new checkpoint"),
@@ -121,19 +124,24 @@ class _Attempts:
         """
         self.tell("checking the image")
         tasks = read_tasks(directory)
-        _make_free(tasks)
-        # Its log and statistics do not go to the image, which may be read-only, or be restored by two at once.
-        work = Path(tempfile.mkdtemp(prefix="dynacut-restore-"))
-        try:
-            run = self._run(directory, tasks, work / _LOG_NAME)
-        except BaseException:
+        for attempt in range(_TRIES):
+            _make_free(tasks)
+            # Its log and statistics do not go to the image, which may be read-only, or be restored by two at once.
+            work = Path(tempfile.mkdtemp(prefix="dynacut-restore-"))
+            try:
+                run = self._run(directory, tasks, work / _LOG_NAME)
+            except BaseException:
+                shutil.rmtree(work)
+                raise
+            pid = tasks.pids[0]
+            if run.succeeded and is_alive(pid):
+                shutil.rmtree(work)
+                return pid, run.wall_ms
+            left = processes.end(_leftovers(tasks))
+            if attempt == _TRIES - 1 or left or run.interrupted or not any(map(run.says, _TAKEN)):
+                break
             shutil.rmtree(work)
-            raise
-        pid = tasks.pids[0]
-        if run.succeeded and is_alive(pid):
-            shutil.rmtree(work)
-            return pid, run.wall_ms
-        left = processes.end(_leftovers(tasks))
+            self.tell("an id was taken meanwhile; restoring again")
         if run.interrupted:
             raise KeyboardInterrupt
         raise _failure(run, directory, work / _LOG_NAME, left)

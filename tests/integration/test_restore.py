@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from dynacut.offline import processes
+from dynacut.offline import restore as restore_module
 from dynacut.offline.checkpoint import checkpoint
 from dynacut.offline.criu import Criu
 from dynacut.offline.criu_options import RECORD_NAME, CriuOptions, Record, read_record
-from dynacut.offline.image_tasks import read_tasks
+from dynacut.offline.image_tasks import ImageTasks, read_tasks
 from dynacut.offline.images.files import ImageFolder
 from dynacut.offline.images.pages import PARENT, Extent, Pages
 from dynacut.offline.restore import restore
@@ -205,6 +206,52 @@ def test_a_pid_that_is_taken(criu: Criu, redis: Redis, dynacut: Dynacut, tmp_pat
     done = dynacut("restore", tmp_path / "image")
     assert (done.returncode, done.stdout) == (1, "")
     assert f"process {redis.pid} (redis-server) has a pid" in done.stderr
+    with redis.connect() as connection:
+        assert connection.command("PING") == "PONG"
+
+
+def process_with_id(wanted: int) -> int:
+    """A process of ours that has an id which is free (ns_last_pid in proc_sys_kernel(5))."""
+    for _ in range(100):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(wanted - 1))
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+            os._exit(0)
+        if pid == wanted:
+            return pid
+        assert processes.end([pid]) == []
+    pytest.skip("this machine starts too many processes")
+
+
+@pytest.mark.usefixtures("criu")
+@pytest.mark.parametrize("which", [0, -1])
+def test_an_id_that_is_taken_while_it_is_restored(
+    redis: Redis, which: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the process, or of a thread: by one that ends soon, as most do. It is tried once more."""
+    taken = thread_ids(redis.pid)[which]
+    checkpoint(redis.pid, tmp_path / "image")
+    make_free = restore_module._make_free
+    others: list[int] = []
+
+    def just_before(tasks: ImageTasks) -> None:
+        if others:
+            assert processes.end(others) == []
+        make_free(tasks)
+        if not others:
+            others.append(process_with_id(taken))
+
+    monkeypatch.setattr(restore_module, "_make_free", just_before)
+    try:
+        restored = restore(tmp_path / "image")
+    except DynacutError:
+        processes.end(others)
+        raise
+    assert restored.pid == redis.pid
+    assert others == [taken]
+    assert taken in thread_ids(redis.pid)
+    assert list(tmp_path.glob("dynacut-restore-*")) == []
     with redis.connect() as connection:
         assert connection.command("PING") == "PONG"
 
