@@ -135,11 +135,6 @@ def _is_empty(head: bytes, magic: bytes) -> bool:
     return head == magic + bytes(4)
 
 
-def has_region(target: Target, magic: bytes = MAGIC) -> bool:
-    """Whether a region of a kind is mapped, filled or not; cheaper than find_region()."""
-    return any(head.startswith(magic) for _, head in _regions(target, magic))
-
-
 def original_action(target: Target, table: Table, magic: bytes = MAGIC) -> KernelAction:
     """SIGTRAP's action before this kind of region came, also where its contents have moved to another one meanwhile."""
     by_handler = {region.handler: region for region, _ in _regions(target, magic)}

@@ -48,11 +48,6 @@ class TreeTrace(Trace):
         """How many blocks are traced, in the process that has most."""
         return max(super().armed, *(trace.armed for trace in self._others), 0)
 
-    @property
-    def processes(self) -> int:
-        """How many processes had to be armed."""
-        return 1 + len(self._others)
-
     def arm(self) -> None:
         """Arms the process, then each of its descendants that has not inherited that.
 

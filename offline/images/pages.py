@@ -14,7 +14,7 @@ from dynacut.offline.images.schema import Message, PagemapEntry, PagemapHead
 from dynacut.shared.target import PAGE_SIZE
 
 PAGEMAP_MAGIC = 0x56084025
-PARENT, LAZY, PRESENT = 1, 2, 4
+PARENT, PRESENT = 1, 4
 """Flags of a pagemap entry, CRIU's criu/include/image.h."""
 _ADDRESS_LIMIT = 1 << 56
 _MAX_EXTENTS = 1 << 22

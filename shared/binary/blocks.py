@@ -17,29 +17,16 @@ from functools import cached_property
 from dynacut.shared.binary.code_pointers import code_pointers, jump_table_targets
 from dynacut.shared.binary.decode import (
     MAX_INSTRUCTION,
-    Decoded,
     Disassemble,
     Instruction,
     Sweep,
     cut_contradictions,
     disassembler,
     function_boundaries,
-    instructions,
     sweep,
 )
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.binary.functions import FunctionRange, function_at, function_ranges
-
-__all__ = [
-    "Block",
-    "BlockMap",
-    "Decoded",
-    "Instruction",
-    "block_at",
-    "function_blocks",
-    "instructions",
-    "is_instruction_boundary",
-]
 
 
 @dataclass(frozen=True, order=True)
@@ -181,13 +168,3 @@ def is_instruction_boundary(elf: ElfFile, offset: int, ranges: Sequence[Function
     """
     function = function_at(function_ranges(elf) if ranges is None else ranges, offset)
     return function is not None and offset in function_boundaries(elf, function)
-
-
-def function_blocks(elf: ElfFile, function: FunctionRange) -> tuple[Block, ...]:
-    """Return one function's blocks. Leaders can come from anywhere, so this costs as much as BlockMap.of."""
-    return tuple(BlockMap.of(elf).blocks_in(function.start, function.end))
-
-
-def block_at(elf: ElfFile, offset: int) -> Block | None:
-    """Return the block that contains a module offset, or None; costs as much as BlockMap.of."""
-    return BlockMap.of(elf).block_at(offset)

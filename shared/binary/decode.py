@@ -34,14 +34,6 @@ class Instruction(NamedTuple):
     op_str: str
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A function's instructions; from certain_end (exclusive) to the function's end nothing is known."""
-
-    instructions: tuple[Instruction, ...]
-    certain_end: int
-
-
 class _Kinds(dict[str, int]):
     """What each mnemonic does to control; capstone's may have prefixes before them (notrack, bnd, rep)."""
 
@@ -114,16 +106,14 @@ def disassembler() -> Disassemble:
     return disassemble
 
 
-def instructions(elf: ElfFile, function: FunctionRange) -> Decoded:
-    """Decode one function, straight from its start; DynacutError if its bytes are not in the file.
+def instructions(elf: ElfFile, function: FunctionRange) -> tuple[Instruction, ...]:
+    """Decode one function, straight from its start, as far as it goes; DynacutError if its bytes are not in the file.
 
     This is what decoding says, without regard to branches into the middle of instructions: see
     is_instruction_boundary.
     """
     code = elf.read(function.start, function.end - function.start)
-    found = tuple(Instruction(*fields) for fields in disassembler()(code, function.start))
-    end = found[-1].offset + found[-1].size if found else function.start
-    return Decoded(found, end)
+    return tuple(Instruction(*fields) for fields in disassembler()(code, function.start))
 
 
 def sweep(elf: ElfFile, ranges: Sequence[FunctionRange]) -> Sweep:
@@ -218,13 +208,3 @@ def function_boundaries(elf: ElfFile, function: FunctionRange) -> array[int]:
     found = sweep(elf, (function,))
     cut_contradictions(elf, found, found.targets)
     return found.boundary_offsets()
-
-
-def instruction_size(elf: ElfFile, offset: int) -> int:
-    """Return the size of the instruction at a module offset; DynacutError if it cannot be decoded."""
-    segment = elf.segment_at(offset)
-    available = min(MAX_INSTRUCTION, segment.file_end - offset) if segment is not None else 0
-    code = elf.read(offset, max(1, available))
-    for _, size, _, _ in disassembler()(code, offset, 1):
-        return size
-    raise DynacutError(f"{elf.path} has no instruction at offset {offset:#x} that can be decoded")

@@ -45,7 +45,7 @@ def find_jump_table(
     is_code: whether an instruction begins at an offset. Without a comparison the table ends at the first
     entry that leads out of the function or to no instruction. DynacutError if the module is malformed.
     """
-    decoded = [one for one in instructions(elf, function).instructions if one.offset <= jump]
+    decoded = [one for one in instructions(elf, function) if one.offset <= jump]
     if not decoded or decoded[-1].offset != jump:
         return None
     found = _absolute(decoded, elf.link_base) or _relative(decoded)

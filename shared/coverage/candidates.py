@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from math import log2, sqrt
 
 from dynacut.shared.code import Code
-from dynacut.shared.coverage.candidate import Candidate, CandidateKind, forced
+from dynacut.shared.coverage.candidate import Candidate, CandidateKind
 from dynacut.shared.coverage.flow import Flow, Kind
 from dynacut.shared.coverage.live_registers import clobbers
 from dynacut.shared.coverage.siblings import Siblings
@@ -166,7 +166,7 @@ class _Finder:
         destination: int,
         reason: str,
         parts: dict[str, float],
-        jump: tuple[int, bytes, bytes] | None = None,
+        jump: int | None = None,
     ) -> Iterator[Candidate]:
         """Yield the candidate if both ends are certain, and a redirect between them leaves the stack as it must be."""
         block = self.flow.blocks.block_at(entry)
@@ -192,8 +192,6 @@ class _Finder:
             parts["callers"] = self.popularity(block)
             # Other ways to entry may have other values in the registers than those that destination is used to.
             parts["sole way"] = 0.3 if self.flow.predecessors(entry) == (block,) else 0.0
-            old = self.code.elf.read(branch.offset, branch.size)
-            new = forced(old, taken=other == branch.target)
             place = self.code.describe(branch.offset)
             if block not in self.order:
                 start = f"The jump at {place} is shared by requests"
@@ -203,8 +201,7 @@ class _Finder:
                 f"{start}: only unwanted ones go on at {self.code.describe(entry)}, and {self.code.describe(other)} "
                 f"beside it is executed by {self.by_whom(other)}."
             )
-            jump = (branch.offset, old, new) if new is not None else None
-            yield from self.make(CandidateKind.JUMP, entry, other, reason, parts, jump)
+            yield from self.make(CandidateKind.JUMP, entry, other, reason, parts, branch.offset)
 
     def cases(self, block: int) -> Iterator[Candidate]:
         """Yield the cases in D of the switch whose jump ends a block, each with the other ways to go."""

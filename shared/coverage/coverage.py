@@ -75,10 +75,6 @@ class CoveredModule:
         """Return the code that is covered here and in none of the others."""
         return self._clipped(_gaps(_merged([other.blocks for other in others])))
 
-    def shifted(self, distance: int) -> CoveredModule:
-        """Return the same with distance added to every offset: for a log whose base was not the load base."""
-        return replace(self, blocks={offset + distance: size for offset, size in self.blocks.items()})
-
     def normalised(self, block_map: BlockMap) -> CoveredModule:
         """Return every block of the map that a covered block overlaps, as a whole.
 
@@ -140,10 +136,6 @@ class Coverage:
             raise DynacutError(f"the coverage has several modules {name_or_path!r}: {paths}", "name one by its path")
         named = ", ".join(repr(module.name) for module in self.modules if module.blocks) or "nothing"
         raise DynacutError(f"the coverage has no module {name_or_path!r}", f"it has blocks of {named}")
-
-    def normalised(self, name_or_path: str, block_map: BlockMap) -> CoveredModule:
-        """Return one module's coverage as whole blocks of its map; see CoveredModule.normalised and module."""
-        return self.module(name_or_path).normalised(block_map)
 
     def union(self, *others: Coverage) -> Coverage:
         """Return what is covered here or in any other."""

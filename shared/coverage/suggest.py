@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +106,7 @@ class Suggestion:
     def disassembly_of_jump(self) -> list[str]:
         """The conditional jump that leads to the entry; empty for other kinds."""
         jump = self.candidate.jump
-        return disassembly(self.code, jump[0], 1) if jump is not None else []
+        return disassembly(self.code, jump, 1) if jump is not None else []
 
 
 def suggest(
@@ -168,9 +167,3 @@ def _blocks(coverage: Coverage, module: CoveredModule, code: Code) -> dict[int, 
     except DynacutError:
         return {}  # the wanted requests never loaded it
     return dict(other.normalised(code.blocks).blocks)
-
-
-def union_of(coverages: Sequence[Coverage]) -> Coverage:
-    """All of them together."""
-    first, *others = coverages
-    return first.union(*others)

@@ -185,7 +185,6 @@ def test_looking_up_a_module() -> None:
     coverage = Coverage((module({1: 1}, "/bin/a"), module({2: 2}, "/bin/b"), module({}, "/lib/b"), module({}, "b")))
     assert coverage.module("a").path == coverage.module("/bin/a").path == "/bin/a"
     assert coverage.module("b").path == "b"
-    assert coverage.normalised("/bin/b", block_map([(0, 9)])).blocks == {0: 9}
     with pytest.raises(DynacutError, match="no module 'c'") as missing:
         coverage.module("c")
     assert missing.value.advice == "it has blocks of 'a', 'b'"
@@ -201,10 +200,6 @@ def test_normalising_knows_the_build_id() -> None:
     with pytest.raises(DynacutError, match="is of build-id 22, but /bin/a is 11") as refused:
         module({1: 1}, build_id="22").normalised(block_map([(0, 2)], "11"))
     assert refused.value.status is ExitStatus.REFUSED and refused.value.advice
-
-
-def test_shifted() -> None:
-    assert module({0: 2, 7: 1}).shifted(0x1000) == module({0x1000: 2, 0x1007: 1})
 
 
 def test_blocks_that_all_overlap_do_not_cost_their_product() -> None:
