@@ -9,8 +9,8 @@ from dynacut.live.process import Process
 from dynacut.live.ptrace.stops import prompt_stops
 from dynacut.live.ptrace.window import all_stopped
 from dynacut.live.tree import descendants
-from dynacut.shared.coverage.coverage import Coverage
-from dynacut.shared.coverage.keep import learned_blocks, union_of_all
+from dynacut.shared.coverage.coverage import Coverage, union_of_all
+from dynacut.shared.coverage.keep import learned_blocks
 from dynacut.shared.coverage.standing import standing_of
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.region import find_region

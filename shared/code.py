@@ -166,3 +166,19 @@ class CodeOf:
         """An absolute address as ``module+0xOFFSET``; plain where it lies in no module."""
         code = self.containing(address)
         return f"{code.module.name}+{address - code.module.base:#x}" if code else f"{address:#x}"
+
+
+def code_of_file(path: Path) -> Code:
+    """The code of an ELF file that is not mapped anywhere: only offsets have a meaning."""
+    module = Module(
+        name=path.name,
+        names=frozenset({path.name}),
+        path=str(path),
+        file=path,
+        root=Path("/"),
+        base=0,
+        end=0,
+        is_executable=False,
+        mappings=(),
+    )
+    return Code(module)

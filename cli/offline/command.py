@@ -105,7 +105,8 @@ def _list(image: Image, arguments: argparse.Namespace) -> ExitStatus:
     """Lists what the processes had learned, or where their threads are."""
     from dynacut.cli.block_lists import LEARNED, STANDING, show_blocks
     from dynacut.offline.change import chosen
-    from dynacut.shared.coverage.keep import learned_blocks, union_of_all
+    from dynacut.shared.coverage.coverage import union_of_all
+    from dynacut.shared.coverage.keep import learned_blocks
     from dynacut.shared.coverage.standing import standing_of
     from dynacut.shared.region import find_region
 

@@ -62,7 +62,7 @@ def _read(path: Path, *, normalise: bool) -> Coverage:
 
 
 def _normalised(log: Path, module: CoveredModule) -> CoveredModule:
-    from dynacut.shared.coverage.suggest import code_of_file
+    from dynacut.shared.code import code_of_file
 
     if not module.blocks:
         return module

@@ -57,8 +57,8 @@ class Trim:
 
     def trace(self) -> Details:
         """→ init.drcov, serving.drcov: traces an instance for each way to end it, or the one that runs."""
+        from dynacut.shared.coverage.coverage import union_of_all
         from dynacut.shared.coverage.drcov import write
-        from dynacut.shared.coverage.keep import union_of_all
 
         given = self.instance.given
         if given is None:
@@ -175,8 +175,9 @@ class Trim:
         from dynacut.live.change import change
         from dynacut.live.learned import standing
         from dynacut.shared import resolve
+        from dynacut.shared.coverage.coverage import union_of_all
         from dynacut.shared.coverage.drcov import write
-        from dynacut.shared.coverage.keep import union_of_all, without
+        from dynacut.shared.coverage.keep import without
 
         def apply(resolve: Callable[[Target, Table | None], PatchSet]) -> None:
             change(pid, resolve, tree=True, dry_run=False, timeout=TIMEOUT)
@@ -208,8 +209,8 @@ class Trim:
             DynacutError: a command fails; or blocks came to the end, and the final plan could not put them back.
         """
         from dynacut.live.learned import learned
+        from dynacut.shared.coverage.coverage import union_of_all
         from dynacut.shared.coverage.drcov import write
-        from dynacut.shared.coverage.keep import union_of_all
 
         tracer = self.tracer
         found: list[Coverage] = []
@@ -236,8 +237,9 @@ class Trim:
 
     def _final_plan(self, stay: Coverage) -> Plan:
         """→ plan.toml, standing.drcov. stay: where threads are now."""
+        from dynacut.shared.coverage.coverage import union_of_all
         from dynacut.shared.coverage.drcov import write
-        from dynacut.shared.coverage.keep import union_of_all, without
+        from dynacut.shared.coverage.keep import without
 
         stay = union_of_all([read_union([self.path("standing.drcov")], self.warn), stay])
         write(self.path("standing.drcov"), stay)
@@ -256,7 +258,7 @@ class Trim:
 
 def _standing_in(image: Image) -> Coverage:
     """Where the threads of an image are, of all processes that run the root's program."""
-    from dynacut.shared.coverage.keep import union_of_all
+    from dynacut.shared.coverage.coverage import union_of_all
     from dynacut.shared.coverage.standing import standing_of
 
     root = image.processes[0]

@@ -170,6 +170,11 @@ class Coverage:
         return Coverage(tuple(module.difference(*mine) for module, mine in zip(self.modules, same, strict=True)))
 
 
+def union_of_all(coverages: Iterable[Coverage]) -> Coverage:
+    """All of them together; of none, nothing."""
+    return Coverage(()).union(*coverages)
+
+
 def _same_modules(modules: Sequence[CoveredModule], others: Sequence[CoveredModule]) -> list[list[int]]:
     """Return for each module the indexes of those others that are the same module; see Coverage."""
     by_build_id, by_path, by_name = defaultdict(list), defaultdict(list), defaultdict(list)

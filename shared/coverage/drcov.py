@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule
+from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule, union_of_all
 from dynacut.shared.coverage.drcov_text import BEGINNINGS, Header, LogReader, ModuleRow, read_header, text_blocks
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.whole_file import write_whole
@@ -89,7 +89,7 @@ def read_union(paths: Iterable[Path], warn: Callable[[str], None]) -> Coverage:
         for line in log.warnings:
             warn(f"{path}: {line}")
         coverages.append(log.coverage)
-    return Coverage(()).union(*coverages)
+    return union_of_all(coverages)
 
 
 def read_log(path: Path) -> DrcovLog:

@@ -7,7 +7,6 @@ to `dynacut plan --serving`, merged and drawn as every other log.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 
 from dynacut.handlers.table import Action, Table
@@ -38,11 +37,6 @@ def learned_blocks(target: Target, table: Table | None) -> Coverage:
         found[site.address - module.base] = site.size
         modules[module.path] = CoveredModule(module.name, module.path, code.elf.build_id, found)
     return Coverage(tuple(modules.values()))
-
-
-def union_of_all(coverages: Iterable[Coverage]) -> Coverage:
-    """All of them together; of none, nothing."""
-    return Coverage(()).union(*coverages)
 
 
 def planned_code(plan: Plan) -> Coverage:

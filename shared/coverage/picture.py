@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynacut.shared.binary.elf import PAGE_SIZE
-from dynacut.shared.code import Code
-from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule
-from dynacut.shared.coverage.suggest import code_of_file
+from dynacut.shared.code import Code, code_of_file
+from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule, union_of_all
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 CODE = 1
@@ -221,7 +220,7 @@ def picture_of(phases: Sequence[Phase], modules: Sequence[str] = ()) -> Picture:
             f"give at most {PHASE_LIMIT}; files of one phase get one NAME=",
             status=ExitStatus.USAGE,
         )
-    everything = Coverage(()).union(*named.values())
+    everything = union_of_all(named.values())
     paths = {everything.module(name).path for name in modules} if modules else None
     # In each phase a module may be known by another path, and drcov has no build-ids: Coverage finds the same ones.
     covered = [

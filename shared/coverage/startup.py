@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dynacut.shared.code import Code
+from dynacut.shared.code import Code, code_of_file
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
-from dynacut.shared.coverage.suggest import code_of_file
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import MAX_SITE_SIZE, Plan, PlannedFeature, PlannedModule, PlannedSite, Scope

@@ -6,14 +6,13 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynacut.shared.code import Code
+from dynacut.shared.code import Code, code_of_file
 from dynacut.shared.coverage.candidate import Candidate
 from dynacut.shared.coverage.candidates import find_candidates
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
 from dynacut.shared.disassembly import disassembly
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.plan import Plan, PlannedModule
-from dynacut.shared.target import Module
 
 
 @dataclass(frozen=True)
@@ -143,22 +142,6 @@ def suggest(
     ]
     suggestions.sort(key=lambda one: -one.candidate.score)
     return differences, suggestions
-
-
-def code_of_file(path: Path) -> Code:
-    """The code of an ELF file that is not mapped anywhere: only offsets have a meaning."""
-    module = Module(
-        name=path.name,
-        names=frozenset({path.name}),
-        path=str(path),
-        file=path,
-        root=Path("/"),
-        base=0,
-        end=0,
-        is_executable=False,
-        mappings=(),
-    )
-    return Code(module)
 
 
 def _blocks(coverage: Coverage, module: CoveredModule, code: Code) -> dict[int, int]:

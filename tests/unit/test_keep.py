@@ -15,9 +15,9 @@ from test_table import Memory
 from dynacut.cli.block_lists import LEARNED, STANDING, show_blocks
 from dynacut.cli.main import main
 from dynacut.handlers.table import Action, TableSite
-from dynacut.shared.coverage.coverage import Coverage, CoveredModule
+from dynacut.shared.coverage.coverage import Coverage, CoveredModule, union_of_all
 from dynacut.shared.coverage.drcov import read, write
-from dynacut.shared.coverage.keep import learned_blocks, planned_code, union_of_all, without
+from dynacut.shared.coverage.keep import learned_blocks, planned_code, without
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope

@@ -20,11 +20,11 @@ from picture_page import Page
 from dynacut.cli.main import main
 from dynacut.cli.picture import page_of, phase_and_path
 from dynacut.shared.binary.elf import PAGE_SIZE
+from dynacut.shared.code import code_of_file
 from dynacut.shared.coverage import picture as picture_module
 from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule
 from dynacut.shared.coverage.drcov import write
 from dynacut.shared.coverage.picture import CODE, PHASE_LIMIT, DrawnModule, Phase, Picture, phase_bit, picture_of
-from dynacut.shared.coverage.suggest import code_of_file
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 Capture = pytest.CaptureFixture[str]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from one_shot import run
 
 from dynacut.cli.main import main
+from dynacut.shared.code import code_of_file
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
 from dynacut.shared.coverage.drcov import write
 from dynacut.shared.coverage.startup import StartupCode, split_at, startup_code, startup_plan
-from dynacut.shared.coverage.suggest import code_of_file
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, Scope
