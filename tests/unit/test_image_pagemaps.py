@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_a_damaged_table_is_refused(image: Path) -> None:
 
 def test_a_table_that_repairs_what_cannot_be_repaired(image: Path) -> None:
     """Signals that do not exist, and threads that do not."""
-    repairs = [Repair(RepairKind.SIGNAL_MASK, number, 0, 0) for number in (9, 0, 65, 4_000_000_000)]
+    repairs = [Repair(RepairKind.SIGNAL_MASK, number, 0, 0) for number in (signal.SIGKILL, 0, 65, 4_000_000_000)]
     repairs += [Repair(RepairKind.THREAD_MASK, number, 0, 1 << 63) for number in (0, 4_000_000_000)]
     for repair in repairs:
         with Image(image) as opened:
@@ -219,6 +220,10 @@ def test_a_table_that_repairs_what_cannot_be_repaired(image: Path) -> None:
             table = replace(Table.parse(process.read(region.table, layout.total_size), region.table))
             for write in table.repair_writes([repair]):
                 process.write(region.table + write.offset, write.data)
+            if repair.kind is RepairKind.SIGNAL_MASK and repair.id != signal.SIGKILL:
+                with pytest.raises(DynacutError, match="which there is not"):
+                    find_region(process)
+                continue
             found = find_region(process)
             assert found is not None and found.table is not None and found.table.repairs == (repair,)
             patches = resolve.undo(process, found.table)
