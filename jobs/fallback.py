@@ -15,9 +15,10 @@ from dynacut.shared.errors import DynacutError, ExitStatus, printable
 from dynacut.shared.interrupts import uninterrupted
 
 if TYPE_CHECKING:
-    from dynacut.live.change import Outcome, Resolve
+    from dynacut.live.change import Outcome
     from dynacut.offline.criu import Criu
     from dynacut.offline.round_trip import RoundTrip
+    from dynacut.shared.patch_set import Resolve
     from dynacut.shared.report import Inspection
 
 _FOLDER = "/var/tmp"

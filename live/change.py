@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from dynacut.handlers.table import Table
 from dynacut.live.admission import ANOTHER_ENGINE, ASK_FILTERS, admit
 from dynacut.live.confinement import confinement
 from dynacut.live.engine import Engine, Patching, patcher_of
@@ -18,12 +17,8 @@ from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.tracing.trace import stop_trace
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.patch_set import PatchSet
+from dynacut.shared.patch_set import PatchSet, Resolve
 from dynacut.shared.report import Inspection
-from dynacut.shared.target import Target
-
-Resolve = Callable[[Target, Table | None], PatchSet]
-"""From a target and its table to what is to be done."""
 
 _MAX_ROUNDS = 20
 

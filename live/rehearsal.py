@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from dynacut.live.admission import admit
-from dynacut.live.change import Resolve
 from dynacut.live.lock import locked
 from dynacut.live.process import Process
 from dynacut.live.tree import descendants
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.patch_set import Resolve
 from dynacut.shared.proc import is_alive
 from dynacut.shared.region import find_region
 

@@ -7,18 +7,16 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dynacut.handlers.table import Table
 from dynacut.live.admission import admit
 from dynacut.live.change import change
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.patch_set import PatchSet
+from dynacut.shared.patch_set import Resolve
 from dynacut.shared.plan import Plan
-from dynacut.shared.target import Target
 
 _START_TIMEOUT = 20.0
 _GRACE = 5.0
@@ -132,7 +130,7 @@ class Instance:
             return "it ends the server"
         return f"a wanted request fails: {broken[0]}" if broken else "works"
 
-    def _change(self, decide: Callable[[Target, Table | None], PatchSet]) -> None:
+    def _change(self, decide: Resolve) -> None:
         change(self.pid, decide, tree=self._tree, dry_run=False, timeout=10.0)
 
     def _is_alive(self) -> bool:

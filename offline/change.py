@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dynacut.handlers.table import Table
 from dynacut.offline import patcher
 from dynacut.offline.criu_options import RECORD_NAME, Record
 from dynacut.offline.image_tasks import read_options
@@ -15,13 +14,10 @@ from dynacut.offline.images.process import ImageProcess
 from dynacut.offline.layer import Written, write_image
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.inspect import inspected
-from dynacut.shared.patch_set import PatchSet
+from dynacut.shared.patch_set import Resolve
 from dynacut.shared.region import find_region, is_our_handler
 from dynacut.shared.report import Inspection
-from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT, Target
-
-Resolve = Callable[[Target, Table | None], PatchSet]
-"""From a target and its table to what is to be done."""
+from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dynacut.offline.images.process import ImageProcess
-from dynacut.shared import apply as stopped
+from dynacut.shared.apply import ThreadAmidError
+from dynacut.shared.apply import apply as apply_to_stopped
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.patch_set import PatchSet
 
@@ -18,8 +19,8 @@ def apply(process: ImageProcess, patches: PatchSet) -> None:
     for address in {*(edit.address for edit in patches.edits), *(library.bound_to if library else ())}:
         process.check_file(address)
     try:
-        stopped.apply(process, patches)
-    except stopped.ThreadAmidError as error:
+        apply_to_stopped(process, patches)
+    except ThreadAmidError as error:
         raise DynacutError(
             error.problem,
             "use --scope entry, which needs only first bytes, or leave out what --standing lists (dynacut plan --keep)",

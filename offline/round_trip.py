@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynacut.offline import processes
-from dynacut.offline.change import Outcome, Resolve, change
+from dynacut.offline.change import Outcome, change
 from dynacut.offline.checkpoint import Checkpoint, Progress, checkpoint
 from dynacut.offline.criu import Criu
 from dynacut.offline.dumpable import admit
@@ -24,6 +24,7 @@ from dynacut.offline.reaping import check_reaped
 from dynacut.offline.restore import Restored, restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.patch_set import Resolve
 
 IMAGE, REWRITTEN = "image", "rewritten"
 """The directories that a round trip makes."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from dynacut.handlers.table import NO_LIBRARY, TableSite, UserLibrary
+from dynacut.handlers.table import NO_LIBRARY, Table, TableSite, UserLibrary
 from dynacut.shared.added import hole_of
 from dynacut.shared.holes import Hole
 from dynacut.shared.library.library import Library, LibrarySegment
+from dynacut.shared.target import Target
 
 
 @dataclass(frozen=True)
@@ -117,3 +118,7 @@ def outside(edits: Iterable[ByteEdit], holes: Sequence[Hole]) -> tuple[ByteEdit,
                     cut.append(ByteEdit(start, edit.old[part], edit.new[part]))
         pieces = cut
     return tuple(pieces)
+
+
+Resolve = Callable[[Target, Table | None], PatchSet]
+"""From a target and its table to what is to be done."""

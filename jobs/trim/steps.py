@@ -13,17 +13,22 @@ from dynacut.jobs.trim.instance import TIMEOUT, Instance, put_back
 from dynacut.jobs.trim.measured import memory_of, trimmed_facts
 from dynacut.jobs.trim.rounds import run_round
 from dynacut.jobs.trim.tracer import PhaseTracer
-from dynacut.shared import plan_file
-from dynacut.shared.coverage.drcov import read_union
+from dynacut.shared import plan_file, resolve
+from dynacut.shared.coverage.coverage import union_of_all
+from dynacut.shared.coverage.drcov import read_union, write
+from dynacut.shared.coverage.keep import without
+from dynacut.shared.coverage.standing import standing_of
+from dynacut.shared.coverage.startup import startup_code, startup_plan
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Plan, Scope
+from dynacut.shared.region import find_region
 
 if TYPE_CHECKING:
     from dynacut.handlers.table import Table
     from dynacut.offline.images.image import Image
     from dynacut.shared.coverage.coverage import Coverage
-    from dynacut.shared.patch_set import PatchSet
+    from dynacut.shared.patch_set import PatchSet, Resolve
     from dynacut.shared.target import Target
 
 Details = dict[str, Any]
@@ -57,8 +62,6 @@ class Trim:
 
     def trace(self) -> Details:
         """→ init.drcov, serving.drcov: traces an instance for each way to end it, or the one that runs."""
-        from dynacut.shared.coverage.coverage import union_of_all
-        from dynacut.shared.coverage.drcov import write
 
         given = self.instance.given
         if given is None:
@@ -86,7 +89,6 @@ class Trim:
 
     def plan(self) -> Details:
         """→ plan-learn.toml."""
-        from dynacut.shared.coverage.startup import startup_code, startup_plan
 
         init, serving = (
             read_union([self.path("init.drcov")], self.warn),
@@ -116,9 +118,6 @@ class Trim:
     def learn(self) -> Details:
         """image/ → image-learn/, standing.drcov; restored and put to work → learned.drcov, image-learned/."""
         from dynacut.offline.images.image import Image
-        from dynacut.shared import resolve
-        from dynacut.shared.coverage.drcov import write
-        from dynacut.shared.coverage.keep import without
 
         was_learned = self.instance.was_dumped and self.instance.has_image("image-learned")
         with Image(self.path("image")) as image:
@@ -138,8 +137,6 @@ class Trim:
         from dynacut.offline import patcher
         from dynacut.offline.images.image import Image
         from dynacut.offline.images.process import ImageProcess
-        from dynacut.shared import resolve
-        from dynacut.shared.region import find_region
 
         with Image(self.path("image-learned")) as image:
             plan = self._final_plan(_standing_in(image))
@@ -162,11 +159,11 @@ class Trim:
         memory = (self.instance.state.details("checkpoint") or {})["memory"]
         return {"memory_before": memory, **details}
 
-    def _rewrite(self, image: Image, name: str, resolve: Callable[[Target, Table | None], PatchSet]) -> None:
+    def _rewrite(self, image: Image, name: str, decide: Resolve) -> None:
         from dynacut.offline.change import change
 
         self.tracer.tell("rewriting the image")
-        change(image, resolve, self.instance.cleared(name), dry_run=False, flat=False)
+        change(image, decide, self.instance.cleared(name), dry_run=False, flat=False)
 
     # Live.
 
@@ -174,13 +171,9 @@ class Trim:
         """The same without a checkpoint → standing.drcov, learned.drcov, plan.toml; the service runs on, trimmed."""
         from dynacut.live.change import change
         from dynacut.live.learned import standing
-        from dynacut.shared import resolve
-        from dynacut.shared.coverage.coverage import union_of_all
-        from dynacut.shared.coverage.drcov import write
-        from dynacut.shared.coverage.keep import without
 
-        def apply(resolve: Callable[[Target, Table | None], PatchSet]) -> None:
-            change(pid, resolve, tree=True, dry_run=False, timeout=TIMEOUT)
+        def apply(decide: Resolve) -> None:
+            change(pid, decide, tree=True, dry_run=False, timeout=TIMEOUT)
 
         with self.instance.running() as pid:
             self.tracer.tell("workload on the untouched program")
@@ -209,8 +202,6 @@ class Trim:
             DynacutError: a command fails; or blocks came to the end, and the final plan could not put them back.
         """
         from dynacut.live.learned import learned
-        from dynacut.shared.coverage.coverage import union_of_all
-        from dynacut.shared.coverage.drcov import write
 
         tracer = self.tracer
         found: list[Coverage] = []
@@ -237,9 +228,6 @@ class Trim:
 
     def _final_plan(self, stay: Coverage) -> Plan:
         """→ plan.toml, standing.drcov. stay: where threads are now."""
-        from dynacut.shared.coverage.coverage import union_of_all
-        from dynacut.shared.coverage.drcov import write
-        from dynacut.shared.coverage.keep import without
 
         stay = union_of_all([read_union([self.path("standing.drcov")], self.warn), stay])
         write(self.path("standing.drcov"), stay)
@@ -258,8 +246,6 @@ class Trim:
 
 def _standing_in(image: Image) -> Coverage:
     """Where the threads of an image are, of all processes that run the root's program."""
-    from dynacut.shared.coverage.coverage import union_of_all
-    from dynacut.shared.coverage.standing import standing_of
 
     root = image.processes[0]
     return union_of_all(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynacut.live.admission import check_kind, check_not_first, check_not_stopped, check_not_traced
-from dynacut.live.change import Outcome, Resolve
+from dynacut.live.change import Outcome
 from dynacut.live.gdb.patcher import apply_held
 from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.gdb.target import GdbTarget
@@ -26,6 +26,7 @@ from dynacut.shared.apply import check_written
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.inspect import inspected
+from dynacut.shared.patch_set import Resolve
 from dynacut.shared.proc import parse_command_line, parse_mappings, parse_status
 from dynacut.shared.region import find_region
 from dynacut.shared.report import FeatureReport, Inspection

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from image_builder import ANONYMOUS, build_image, memory_of, snapshot
 from test_sites import BASE
 
-from dynacut.handlers.table import Table
 from dynacut.offline.change import change, look
 from dynacut.offline.images.image import Image
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.patch_set import PatchSet
+from dynacut.shared.patch_set import Resolve
 from dynacut.shared.plan import Plan, PlannedMemory, PlannedRemoval
 from dynacut.shared.region import find_region
-from dynacut.shared.target import PAGE_SIZE, Target
+from dynacut.shared.target import PAGE_SIZE
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
 KINDS = pytest.mark.parametrize("flat", [False, True], ids=["layer", "flat"])
 PLACE = 0x1234_5000_0000
-Resolve = Callable[[Target, Table | None], PatchSet]
 
 
 def disabling(*parts: PlannedMemory | PlannedRemoval) -> Resolve:
