@@ -1,4 +1,6 @@
-"""How many fields a message has, told from its bytes alone: decoding one of two bytes may take a hundred of memory.
+"""The fields of a message of protocol buffers, told from its bytes alone, without protobuf.
+
+Their number is known before it is decoded: one of two bytes may take a hundred of memory then.
 
 Source: "Encoding" in the documentation of protocol buffers.
 """
@@ -20,13 +22,13 @@ def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tupl
     """
     position, end = start, len(data) if end is None else end
     while position < end:
-        tag, position = _varint(data, position)
+        tag, position = varint(data, position)
         kind = tag & 7
         begin = position
         if kind == _VARINT:
-            _, position = _varint(data, position)
+            _, position = varint(data, position)
         elif kind == _LENGTH:
-            size, begin = _varint(data, position)
+            size, begin = varint(data, position)
             position = begin + size
         elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
             position += 8 if kind == _EIGHT_BYTES else 4
@@ -37,7 +39,8 @@ def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tupl
         yield tag >> 3, begin, position
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at a position, and the position behind it; ValueError if it does not end."""
     if position < len(data) and data[position] < 0x80:
         return data[position], position + 1  # nearly always
     value = 0
