@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
 
 from dynacut.handlers.table import Action, TableSite
 from dynacut.shared.holes import Hole
-from dynacut.shared.library.library import PROT_EXEC, PROT_READ, PROT_WRITE, LibrarySegment
+from dynacut.shared.library.library import LibrarySegment
 from dynacut.shared.plan import PlannedMemory
 from dynacut.shared.target import PAGE_SIZE, Mapping, Target
 

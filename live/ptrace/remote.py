@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE
 
 from dynacut.handlers.table import CODE_SIZE, INPUT_OFFSET, MAGIC, OBSERVED_OFFSET, OUTPUT_OFFSET, KernelAction, Layout
 from dynacut.live.process import Process
@@ -26,7 +26,7 @@ _SYS_RT_SIGACTION = 13
 _SYS_PRCTL = 157
 PR_SET_PDEATHSIG = 1
 _SIGSET_SIZE = 8
-_MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x1, 0x2, 0x20, 0x4000, 0x100000
+_MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
 _ACTION_SIZE = 32
 _ACTIONS_PER_SHOT = 16
 _SEGMENTS_PER_SHOT = 8
@@ -48,7 +48,7 @@ class Remote:
         process = self._process
         region = choose_address(process, layout, taken)
         stub = Stub()
-        flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
         code_protection = PROT_READ | PROT_EXEC
         stub.syscall(_SYS_MMAP, region.code, CODE_SIZE, code_protection, flags, -1, 0)
         stub.require(region.code)
@@ -57,7 +57,7 @@ class Remote:
         stub.require(region.table)
         if layout.shared:
             shared, size = region.table + layout.size, layout.total_size - layout.size
-            flags = flags & ~_MAP_PRIVATE | _MAP_SHARED
+            flags = flags & ~MAP_PRIVATE | MAP_SHARED
             stub.syscall(_SYS_MMAP, shared, size, PROT_READ | PROT_WRITE, flags, -1, 0)
             stub.otherwise(shared, _SYS_MUNMAP, region.code, CODE_SIZE + layout.size)
             stub.require(shared)
@@ -85,7 +85,7 @@ class Remote:
             DynacutError: the process does not get the memory, or no thread can be stopped.
         """
         process = self._process
-        flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
         for first in range(0, len(segments), _SEGMENTS_PER_SHOT):
             stub = Stub()
             for segment in segments[first : first + _SEGMENTS_PER_SHOT]:
@@ -146,7 +146,7 @@ class Remote:
         name = region.table + INPUT_OFFSET
         process.write(name, path)
         stub = Stub()
-        size, flags = hole.end - hole.start, _MAP_PRIVATE | _MAP_FIXED_NOREPLACE
+        size, flags = hole.end - hole.start, MAP_PRIVATE | _MAP_FIXED_NOREPLACE
         stub.map_opened(name, hole.start, size, PROT_READ | PROT_EXEC, flags, hole.file_offset)
         done = self._shots.run(stub, region)
         process.write(name, bytes(len(path)))

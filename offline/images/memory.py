@@ -7,6 +7,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 from pathlib import Path
 
 from dynacut.offline.images.files import ImageFolder
@@ -19,8 +20,6 @@ from dynacut.shared.target import PAGE_SIZE, Mapping
 _REGULAR, _STACK, _VSYSCALL, _VDSO, _HEAP = 0x1, 0x2, 0x4, 0x8, 0x20
 _FILE_PRIVATE, _FILE_SHARED, _ANON_SHARED, _ANON_PRIVATE = 0x40, 0x80, 0x100, 0x200
 _SHADOW_STACK, _VVAR = 0x8000, 0x1000
-_MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS = 0x1, 0x2, 0x20
-PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 _NAMES = {_STACK: "[stack]", _VSYSCALL: "[vsyscall]", _VDSO: "[vdso]", _HEAP: "[heap]", _VVAR: "[vvar]"}
 _ADDRESS_LIMIT = 1 << 47
 _MAX_READ = 1 << 29  # many times the text of a browser, or the largest table
@@ -102,7 +101,7 @@ def read_vma(message: Message, files: Callable[[int], ImageFile | None]) -> Vma:
         readable=bool(message.prot & PROT_READ),
         writable=bool(message.prot & PROT_WRITE),
         executable=bool(message.prot & PROT_EXEC),
-        private=bool(message.flags & _MAP_PRIVATE),
+        private=bool(message.flags & MAP_PRIVATE),
         file_offset=int(message.pgoff) if file else 0,
         path=file.path if file else name,
         inode=int(message.shmid) or 1 if file else 0,
@@ -252,7 +251,7 @@ class Memory:
             pgoff=0,
             shmid=0,
             prot=protection,
-            flags=_MAP_PRIVATE | _MAP_ANONYMOUS,
+            flags=MAP_PRIVATE | MAP_ANONYMOUS,
             status=_REGULAR | _ANON_PRIVATE,
             fd=-1,
         )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from mmap import PROT_WRITE
 
 from dynacut.handlers.table import UserLibrary
 from dynacut.shared.target import PAGE_SIZE
-
-PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
 from pathlib import Path
 
 from dynacut.shared.binary.dynamic import Dynamic, DynamicSymbol, Rela, Relocation, SymbolType
 from dynacut.shared.binary.elf import PAGE_SIZE, Segment
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.library.library import PROT_EXEC, PROT_READ, PROT_WRITE, LibrarySegment
+from dynacut.shared.library.library import LibrarySegment
 from dynacut.shared.library.link_scope import LinkScope
 from dynacut.shared.target import Target
 

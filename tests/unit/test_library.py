@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from dynacut.shared.binary.dynamic import Dynamic, Rela
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.library.file import MAX_MEMORY_SIZE, LibraryFile
-from dynacut.shared.library.library import PROT_EXEC, PROT_READ, PROT_WRITE, Library
+from dynacut.shared.library.library import Library
 from dynacut.shared.region import new_table
 from dynacut.shared.target import PAGE_SIZE
 
