@@ -65,6 +65,15 @@ def admit(pid: int, *, changing: bool, filtered: bool = False, otherwise: str | 
         raise gone(pid) from None
 
 
+def is_there(pid: int) -> bool:
+    """Whether a process may be looked at: it is there, no zombie, and this user's to look at."""
+    try:
+        admit(pid, changing=False)
+    except DynacutError:
+        return False
+    return True
+
+
 def check_not_first(pid: int) -> None:
     """Refuses process 1."""
     if pid == 1:

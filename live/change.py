@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from dynacut.live.admission import ANOTHER_ENGINE, ASK_FILTERS, admit
+from dynacut.live.admission import ANOTHER_ENGINE, ASK_FILTERS, admit, is_there
 from dynacut.live.confinement import confinement
 from dynacut.live.engine import Engine, Patching, patcher_of
 from dynacut.live.inspect import inspect
@@ -44,7 +44,7 @@ def look(pid: int, *, tree: bool) -> Outcome:
             with Process(each) as process:
                 outcome.processes.append(inspect(process))
         except DynacutError:
-            if each == pid or _is_alive(each):
+            if each == pid or is_there(each):
                 raise
             continue  # a child that ended meanwhile, or a zombie
     return outcome
@@ -92,12 +92,12 @@ def change(
                 process.refresh()
                 outcome.processes.append(inspect(process, thorough=False))
             except DynacutError as error:
-                is_alive = _is_alive(process.pid)
-                if process.pid == pid and outcome.changed and not is_alive:
+                still_there = is_there(process.pid)
+                if process.pid == pid and outcome.changed and not still_there:
                     raise _ended(process) from None
                 if outcome.changed and error.status is ExitStatus.REFUSED:
                     error.status = ExitStatus.CHECK_FAILED
-                if process.pid == pid or is_alive:
+                if process.pid == pid or still_there:
                     raise
     return outcome
 
@@ -138,7 +138,7 @@ class _Work:
                 self.seen.discard(pid)  # amid vfork: looked at again in the next round
                 continue
             except DynacutError:
-                if pid != self.root and not _is_alive(pid):
+                if pid != self.root and not is_there(pid):
                     continue  # a short-lived child
                 raise
             if not self.dry_run:
@@ -165,7 +165,7 @@ def _apply(patcher: Patching, patches: PatchSet, outcome: Outcome, process: Proc
     try:
         patcher.apply(patches)
     except DynacutError as error:
-        if not _is_alive(process.pid):
+        if not is_there(process.pid):
             if outcome.changed:
                 return  # a child that ended meanwhile
             raise _ended(process) from None
@@ -187,11 +187,3 @@ def _ended(process: Process) -> DynacutError:
         "look at its log, and at how it ended; start it again without the change",
         status=ExitStatus.CHECK_FAILED,
     )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        admit(pid, changing=False)
-    except DynacutError:
-        return False
-    return True

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dynacut.live.admission import admit
+from dynacut.live.admission import admit, is_there
 from dynacut.live.change import change
 from dynacut.shared import resolve
 from dynacut.shared.errors import DynacutError
@@ -19,6 +19,7 @@ from dynacut.shared.patch_set import Resolve
 from dynacut.shared.plan import Plan
 
 _START_TIMEOUT = 20.0
+_NO_ANSWER = "no answer in time"
 _GRACE = 5.0
 """Seconds between the first probe that succeeds and the last one."""
 
@@ -50,9 +51,6 @@ class Probes:
         except subprocess.TimeoutExpired:
             return _NO_ANSWER
         return f"exit status {done.returncode}" if done.returncode else ""
-
-
-_NO_ANSWER = "no answer in time"
 
 
 @dataclass(frozen=True)
@@ -136,11 +134,7 @@ class Instance:
     def _is_alive(self) -> bool:
         if self._process is not None and self._process.poll() is not None:
             return False
-        try:
-            admit(self.pid, changing=False)
-        except DynacutError:
-            return False
-        return True
+        return is_there(self.pid)
 
     def _check_untouched(self) -> None:
         failing = self._probes.failing([*self._probes.wanted, *self._probes.unwanted])

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from dynacut.live.admission import admit
+from dynacut.live.admission import admit, is_there
 from dynacut.live.lock import locked
 from dynacut.live.process import Process
 from dynacut.live.tracing.trace import Trace, has_trace
@@ -79,7 +79,7 @@ class TreeTrace(Trace):
                 trace = Trace(process, [module for module in process.modules if module.path in self._paths])
                 trace.arm()
             except DynacutError:
-                if _is_there(pid):
+                if is_there(pid):
                     raise
                 return
             self._others.append(trace)
@@ -113,11 +113,3 @@ class TreeTrace(Trace):
         super().disarm()
         for trace in self._others:
             trace.disarm()
-
-
-def _is_there(pid: int) -> bool:
-    try:
-        admit(pid, changing=False)
-    except DynacutError:
-        return False
-    return True
