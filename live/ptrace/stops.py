@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from dynacut.live.ptrace.tracee import (
     release_late,
     wait_for_stops,
 )
-from dynacut.live.ptrace.urgency import processors_awake, urgent
+from dynacut.live.ptrace.urgency import processors_awake, urgent, without_collections
 
 _ASKED_AT_ONCE = 32
 
@@ -64,14 +63,11 @@ def prompt_stops() -> Iterator[None]:
     """For a series of stops: SIGCHLD is blocked, so that a stop can be waited for instead of polled, no garbage is
     collected meanwhile, processors stay awake, and threads that stopped too late are let go at the end."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with processors_awake():
-            release_late(LATE_TIMEOUT)
-            yield
-    finally:
-        release_late(5 * LATE_TIMEOUT)
-        if collecting:
-            gc.enable()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with without_collections():
+        try:
+            with processors_awake():
+                release_late(LATE_TIMEOUT)
+                yield
+        finally:
+            release_late(5 * LATE_TIMEOUT)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 from collections.abc import Iterator
@@ -39,3 +40,16 @@ def processors_awake() -> Iterator[None]:
     finally:
         if file >= 0:
             os.close(file)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage is looked for: neither while a thread is stopped, nor amid 84,000 objects of which none is garbage,
+    where looking doubles the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -7,14 +7,13 @@ costs nothing after its first hit, and a tracer that is killed leaves blocks tha
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
 from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dynacut.handlers.table import TRACE_MAGIC, Action, Table, TableSite
@@ -22,6 +21,7 @@ from dynacut.live.lock import locked
 from dynacut.live.process import Process
 from dynacut.live.ptrace.patcher import Patcher
 from dynacut.live.ptrace.stop_clock import StopClock
+from dynacut.live.ptrace.urgency import without_collections
 from dynacut.live.sharers import sharers
 from dynacut.live.tracing.traceable import check_traceable
 from dynacut.live.tree import descendants
@@ -100,7 +100,7 @@ class Trace:
         Raises:
             DynacutError: the process cannot be patched; it is as it was.
         """
-        with _without_collections():
+        with without_collections():
             self._stop_left_behind()
             self._process.refresh()
             self._arm()
@@ -323,25 +323,13 @@ def stop_trace(process: Process, timeout: float, clock: StopClock) -> int:
     Raises:
         DynacutError: it could not be taken out.
     """
-    with _without_collections():
+    with without_collections():
         found = _trace_of(process)
         if found is None:
             return 0
         patches = resolve.undo(process, found.table)
         Patcher(process, timeout, clock, TRACE_MAGIC).apply(patches)
         return len(patches.edits)
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """For what makes some objects for each of 84,000 blocks, none of them garbage: looking for it doubles the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def has_trace(process: Process) -> bool:
