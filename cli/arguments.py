@@ -20,6 +20,12 @@ def add_output_options(parser: argparse.ArgumentParser, *, verbose: str = "") ->
     group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
+def command_behind_dashes(arguments: argparse.Namespace) -> list[str]:
+    """The words of `-- CMD …`, without the dashes, which argparse leaves there."""
+    words: list[str] = arguments.command
+    return words[1:] if words[:1] == ["--"] else words
+
+
 def tcp_port(text: str) -> int:
     """A TCP port."""
     return _whole_number(text, 1, 65535, "TCP port")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_json, print_table
+from dynacut.cli.quantities import counted
 
 if TYPE_CHECKING:
     from dynacut.shared.coverage.coverage import Coverage
@@ -69,4 +70,4 @@ def _print(blocks: Sequence[tuple[str, int, int]], kind: Kind, output: Path | No
             print(f"… and {len(rows) - limit} more; -v shows them all")
     count = len(blocks)
     written = f" → {output}" if output is not None else ""
-    print(f"{count:,} {kind.unit}{'' if count == 1 else 's'} {kind.done}{written}" if count else kind.nothing + written)
+    print(f"{counted(count, kind.unit)} {kind.done}{written}" if count else kind.nothing + written)

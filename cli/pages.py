@@ -1,10 +1,13 @@
-"""Pages for a browser, each one file that loads nothing."""
+"""Pages for a browser, each one file that loads nothing: rendered, and written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dynacut.shared.errors import DynacutError
+from dynacut.shared.whole_file import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,3 +35,11 @@ def page(template: Path, styles: Sequence[Path], **values: Any) -> str:
 
     style = Markup("".join(file.read_text("utf-8") for file in styles))
     return environment(template.parent).get_template(template.name).render(style=style, **values)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a page, or another text, as a whole or not at all; DynacutError if it cannot be written."""
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise DynacutError(f"{path} cannot be written: {error.strerror}", "check the folder and its space") from None

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynacut.cli.console import SCHEMA, print_json, print_table, warn
+from dynacut.cli.pages import FILES, environment, write_text
+from dynacut.cli.quantities import counted
 from dynacut.cli.steps import Steps
-from dynacut.shared.errors import DynacutError, ExitStatus, printable
-from dynacut.shared.whole_file import write_whole
+from dynacut.shared.errors import ExitStatus, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _SUFFIX = ".drcov"
 _WIDTH = 100  # of strips that go to a file or a pipe
-_FILES = Path(__file__).parent
 # In the order of the phases, then for several and never; names, so that the terminal's own palette applies.
 _PHASE_COLOURS = ("yellow", "blue", "red", "magenta", "green", "cyan")
 _OTHER_COLOURS = ("default", "bright_black")
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     for line in picture.warnings:
         warn(line)
     if arguments.html:
-        write_page(arguments.html, page_of(picture))
+        write_text(arguments.html, page_of(picture))
     if arguments.json:
         print_json(_document(picture, arguments.html))
     elif not arguments.quiet:
@@ -167,7 +167,7 @@ def _level(size: int, total: int) -> int:
 
 def _extent(picture: Picture, module: DrawnModule) -> str:
     known = "drawn from the log alone" if module.from_log_alone else f"{len(module.blocks):,} blocks"
-    pages = "1 page" if len(module.pages) == 1 else f"{len(module.pages):,} pages"
+    pages = counted(len(module.pages), "page")
     return f"{pages} of text, {picture.idle_pages(module):,} without any executed block; {known}"
 
 
@@ -241,11 +241,9 @@ def page_of(
 
     from markupsafe import Markup
 
-    from dynacut.cli.pages import environment
-
-    templates = environment(_FILES)
+    templates = environment()
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    script = (_FILES / "picture.js").read_text("utf-8")
+    script = (FILES / "picture.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     colours = [*(f"phase-{index}" for index in range(len(picture.phases))), "several", "never", "no-code"]
     return templates.get_template("picture.html.j2").render(
@@ -253,7 +251,7 @@ def page_of(
         summary=[printable(line) for line in summary],
         script=Markup(script),
         digest=digest,
-        style=Markup((_FILES / "picture.css").read_text("utf-8")),
+        style=Markup((FILES / "picture.css").read_text("utf-8")),
         legend=[
             (kind, name, colours[kind])
             for kind, name in enumerate(picture.kinds)
@@ -320,11 +318,3 @@ def _data(picture: Picture, colours: list[str]) -> dict[str, Any]:
         "states": states,
         "modules": modules,
     }
-
-
-def write_page(path: Path, text: str) -> None:
-    """Writes a page, or another text; DynacutError if it cannot be written."""
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise DynacutError(f"{path} cannot be written: {error.strerror}", "check the folder and its space") from None

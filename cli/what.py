@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,9 +154,7 @@ class Request:
             if arguments.feature:
                 plan = plan.only(arguments.feature)
             if arguments.scope:
-                scope = Scope(arguments.scope)
-                features = tuple(PlannedFeature(part.name, part.on_hit, scope, part.sites) for part in plan.features)
-                plan = replace(plan, features=features)
+                plan = plan.with_action(None, Scope(arguments.scope))
             return plan
         if not arguments.disable:
             return None

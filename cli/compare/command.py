@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.arguments import add_output_options, count
+from dynacut.cli.arguments import add_output_options, command_behind_dashes, count
 from dynacut.cli.console import print_error, print_json, print_table, warn
 from dynacut.cli.quantities import counted
 from dynacut.cli.steps import Steps
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.offline import processes
     from dynacut.shared.plan_file import load
 
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    command = command_behind_dashes(arguments)
     if (arguments.pid is None) == (not command):
         raise _usage("there must be something to compare on: either --pid or -- CMD")
     plan = load(arguments.plan)
@@ -188,9 +188,9 @@ def _report(arguments: argparse.Namespace, settings: Settings, results: Results)
         warn(line)
     if arguments.html is not None:
         from dynacut.cli.compare.page import page_of
-        from dynacut.cli.picture import write_page
+        from dynacut.cli.pages import write_text
 
-        write_page(arguments.html, page_of(document))
+        write_text(arguments.html, page_of(document))
     if arguments.json:
         print_json(document)
     elif not arguments.quiet:

@@ -36,7 +36,7 @@ def check_engine(arguments: argparse.Namespace) -> None:
         DynacutError: they do not; status USAGE.
     """
     if arguments.remote is None:
-        if arguments.engine == "gdb" and getattr(arguments, "check_seccomp", False):
+        if arguments.engine == "gdb" and arguments.check_seccomp:
             raise _usage("--check-seccomp does not go with --engine gdb", "leave out one of them")
         if arguments.sysroot is not None:
             raise _usage("--sysroot belongs to --remote", "of this machine dynacut finds the files itself")
@@ -52,8 +52,8 @@ def check_engine(arguments: argparse.Namespace) -> None:
         "--tree": arguments.tree,
         "--learned": arguments.learned,
         "--standing": arguments.standing,
-        "--fallback": getattr(arguments, "fallback", None) is not None,
-        "--check-seccomp": getattr(arguments, "check_seccomp", False),
+        "--fallback": arguments.fallback is not None,
+        "--check-seccomp": arguments.check_seccomp,
     }
     for name, is_given in given.items():
         if is_given:

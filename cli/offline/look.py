@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.console import print_json, print_table
+from dynacut.cli.console import SCHEMA, print_json, print_table
 from dynacut.shared.errors import printable
 from dynacut.shared.target import PAGE_SIZE
 
@@ -139,7 +139,7 @@ def show_disassembly(image: Image, site: str, pids: Sequence[int], *, as_json: b
     if as_json:
         print_json(
             {
-                "schema": 1,
+                "schema": SCHEMA,
                 "target": {"image": str(image.path), "pid": process.pid},
                 "at": str(place),
                 "instructions": [

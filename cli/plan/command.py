@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.cli.arguments import add_output_options, count, seconds
+from dynacut.cli.arguments import add_output_options, command_behind_dashes, count, seconds
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.plan import startup
 from dynacut.cli.plan.findings import Findings, document, print_findings
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
         raise usage("-o PLAN.toml is missing")
     if problem := name_problem(arguments.name):
         raise usage(problem)
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    command = command_behind_dashes(arguments)
     if arguments.tried and (arguments.pid is None) == (not command):
         raise usage("--try needs an instance: either --pid or -- CMD")
     if arguments.tried and not arguments.probe_unwanted:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dynacut.cli.console import SCHEMA, print_table, warn
+from dynacut.cli.quantities import counted
 from dynacut.shared.errors import DynacutError, printable
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ def _print_functions(findings: Findings, lines: dict[tuple[str, int], str]) -> N
     total = sum(len(difference.blocks) for difference in findings.differences)
     size = sum(difference.size_bytes for difference in findings.differences)
     print(
-        f"Only unwanted requests execute {_count(total, 'block')} ({size:,} bytes) of "
-        f"{_count(len(shares), 'function')}, the first reached first:"
+        f"Only unwanted requests execute {counted(total, 'block')} ({size:,} bytes) of "
+        f"{counted(len(shares), 'function')}, the first reached first:"
     )
     rows = [
         [
@@ -88,7 +89,7 @@ def _print_functions(findings: Findings, lines: dict[tuple[str, int], str]) -> N
     columns = ["module", "function", "blocks", "", *(["source"] if lines else [])]
     print_table("functions", columns, rows, right=frozenset({2}))
     if len(shares) > _SHOWN:
-        print(f"… and {_count(len(shares) - _SHOWN, 'more function')}; --json has all of them")
+        print(f"… and {counted(len(shares) - _SHOWN, 'more function')}; --json has all of them")
 
 
 def _print_ways(findings: Findings) -> None:
@@ -100,7 +101,7 @@ def _print_ways(findings: Findings) -> None:
     if tried or not others:
         return
     following = "; ".join(f"{way.entry} → {way.destination}" for way in findings.ways[1 : 1 + _OTHER_WAYS])
-    print(f"{_count(others, 'other way')} found, the next: {printable(following)}")
+    print(f"{counted(others, 'other way')} found, the next: {printable(following)}")
 
 
 def _place(way: Suggestion, offset: int, lines: dict[tuple[str, int], str]) -> str:
@@ -110,10 +111,6 @@ def _place(way: Suggestion, offset: int, lines: dict[tuple[str, int], str]) -> s
     line = lines.get((way.code.module.path, offset))
     known = [part for part in (plain if name != plain else "", line or "") if part]
     return printable(f"{name} ({', '.join(known)})" if known else name)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def document(arguments: argparse.Namespace, findings: Findings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynacut.cli import picture as show
-from dynacut.cli.arguments import add_output_options, pause, tcp_port
+from dynacut.cli.arguments import add_output_options, command_behind_dashes, pause, tcp_port
 from dynacut.cli.console import SCHEMA, print_json
 from dynacut.cli.trace.sets import OPERATIONS, add_options, combine
 from dynacut.shared.errors import DynacutError, ExitStatus, printable
@@ -71,7 +71,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> ExitStatus:
     """Traces, names a phase, combines logs, or draws them."""
     sets = [name for name in OPERATIONS if getattr(arguments, name)]
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    command = command_behind_dashes(arguments)
     if len(sets) + (arguments.pid is not None) + bool(command) + bool(arguments.show) != 1:
         raise _usage("give one of --pid, -- CMD, --merge, --intersect, --subtract, --show")
     if arguments.html and not arguments.show:

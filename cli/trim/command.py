@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.arguments import add_output_options, count, pause, seconds, tcp_port
+from dynacut.cli.arguments import add_output_options, command_behind_dashes, count, pause, seconds, tcp_port
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.steps import Steps
 from dynacut.handlers.table import Action
@@ -99,7 +99,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
     """Does every step that is not done yet, then reports."""
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    command = command_behind_dashes(arguments)
     _check_usage(arguments, command)
     from dynacut.cli.trim.report import print_report, write_report
     from dynacut.jobs.trim.state import State

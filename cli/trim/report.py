@@ -21,7 +21,8 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     Raises:
         DynacutError: a file is gone, or one cannot be written.
     """
-    from dynacut.cli.picture import page_of, write_page
+    from dynacut.cli.pages import write_text
+    from dynacut.cli.picture import page_of
     from dynacut.jobs.trim import outcome
     from dynacut.shared.coverage.drcov import read_union
     from dynacut.shared.coverage.keep import planned_code
@@ -62,7 +63,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
         "html": str(trim.path("report.html")),
         "tables": tables,
     }
-    write_page(trim.path("report.json"), json.dumps(document, indent=2) + "\n")
+    write_text(trim.path("report.json"), json.dumps(document, indent=2) + "\n")
     removed = planned_code(plan)
     phases = [
         Phase("kept start-up", init.difference(removed)),
@@ -72,7 +73,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     picture = picture_of(phases, [module.path for module in modules])
     program = Path(trim.tracer.service.command[0] if trim.tracer.service.command else last["exe"])
     title = f"{program.name}, trimmed"
-    write_page(trim.path("report.html"), page_of(picture, tables, title=title, summary=summary))
+    write_text(trim.path("report.html"), page_of(picture, tables, title=title, summary=summary))
     return document
 
 
