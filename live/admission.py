@@ -139,7 +139,9 @@ def _check_permission(pid: int, label: str, status: TaskStatus) -> None:
         raise gone(pid) from None
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM):
-            raise DynacutError(f"the memory of {label} cannot be opened: {error.strerror}") from None
+            raise DynacutError(
+                f"the memory of {label} cannot be opened: {error.strerror}", "see whether it still runs"
+            ) from None
     raise DynacutError(*_why_not_permitted(pid, label, status))
 
 
@@ -183,7 +185,9 @@ def _check_class(pid: int, label: str) -> None:
         with Path(f"/proc/{pid}/exe").open("rb") as file:
             header = file.read(20)
     except OSError as error:
-        raise DynacutError(f"the executable of {label} cannot be read: {error.strerror}") from None
+        raise DynacutError(
+            f"the executable of {label} cannot be read: {error.strerror}", "see whether it still runs"
+        ) from None
     if header[:4] != b"\x7fELF" or header[4] != _ELFCLASS64:
         raise DynacutError(f"{label} is a 32-bit program", "dynacut patches 64-bit x86-64 programs only")
     if header[18:20] != b"\x3e\x00":

@@ -150,7 +150,9 @@ class Instance:
                 self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
             )
         except OSError as error:
-            raise DynacutError(f"{self._command[0]} cannot be executed: {error.strerror}") from None
+            raise DynacutError(
+                f"{self._command[0]} cannot be executed: {error.strerror}", "give the path of a program"
+            ) from None
         deadline = time.monotonic() + _START_TIMEOUT
         is_up = False
         while failing := self._probes.failing([*self._probes.wanted, *self._probes.unwanted]):

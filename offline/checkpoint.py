@@ -160,7 +160,9 @@ def _record(directory: Path, options: CriuOptions) -> None:
     try:
         (directory / RECORD_NAME).write_bytes(Record(options).packed())
     except OSError as error:
-        raise DynacutError(f"{directory / RECORD_NAME} cannot be written: {error.strerror}") from None
+        raise DynacutError(
+            f"{directory / RECORD_NAME} cannot be written: {error.strerror}", "check the folder and its space"
+        ) from None
 
 
 def size_of(directory: Path) -> int:

@@ -113,7 +113,10 @@ def write_edits(target: StoppedTarget, patches: PatchSet, frames: SignalFrames) 
     reader = PageReader(target)
     for edit in patches.edits:
         if reader.read(edit.address, len(edit.old)) != edit.old:
-            raise DynacutError(f"other bytes than expected at {edit.address:#x} of {target.label}")
+            raise DynacutError(
+                f"other bytes than expected at {edit.address:#x} of {target.label}",
+                "see what else patches it, and try again",
+            )
     try:
         for edit in patches.edits:
             target.write(edit.address, edit.new)

@@ -62,8 +62,9 @@ class Code:
         try:
             return self._known.of(self.module)
         except DynacutError as error:
+            path, problem = self.module.path, error.problem
             raise DynacutError(
-                f"{self.module.path}: {error.problem}",
+                problem if path in problem else f"{path}: {problem}",
                 error.advice or "its file must be readable to patch it",
             ) from None
 

@@ -275,5 +275,7 @@ def _facts(pids: Sequence[int]) -> Facts:
         resident = sum(map(resident_bytes, pids))
         name, exe = task_status(root).name, executable(root)
     except OSError as error:
-        raise DynacutError(f"process {root} cannot be looked at: {error.strerror}") from None
+        raise DynacutError(
+            f"process {root} cannot be looked at: {error.strerror}", "see whether it still runs"
+        ) from None
     return Facts(root, name, exe, len(pids), threads, resident)

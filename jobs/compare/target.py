@@ -144,7 +144,9 @@ def _mappings_of(pid: int) -> Iterator[tuple[int, dict[str, int]]]:
     try:
         lines = Path(f"/proc/{pid}/smaps").read_bytes().split(b"\n")
     except OSError as error:
-        raise DynacutError(f"the memory of process {pid} cannot be looked at: {error.strerror}") from None
+        raise DynacutError(
+            f"the memory of process {pid} cannot be looked at: {error.strerror}", "see whether it still runs"
+        ) from None
     start, fields = 0, dict[str, int]()
     for line in filter(None, lines):
         words = line.split()

@@ -61,7 +61,9 @@ class Service:
                 self.command[0], self.command, os.environ, file_actions=[no_input, log, both], setsid=True
             )
         except OSError as error:
-            raise DynacutError(f"{self.command[0]} cannot be executed: {error.strerror}") from None
+            raise DynacutError(
+                f"{self.command[0]} cannot be executed: {error.strerror}", "give the path of a program"
+            ) from None
         try:
             self.await_ready(seen, lambda: is_alive(pid))
         except BaseException:

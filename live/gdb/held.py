@@ -144,7 +144,10 @@ class Held(ThroughGdb):
             for thread in self._threads.values():
                 self._put_back_before_int3(thread)
         except (GdbError, ValueError, LookupError) as error:
-            raise DynacutError(f"gdb does not tell the threads of {self.label}: {error}") from None
+            raise DynacutError(
+                f"gdb does not tell the threads of {self.label}: {error}",
+                "this gdb does not work here; use --engine ptrace",
+            ) from None
 
     def reread(self, thread: HeldThread) -> None:
         """Reads a thread's registers again."""
@@ -197,7 +200,10 @@ class Held(ThroughGdb):
             self.session.command(f'-data-evaluate-expression --thread {thread.number} "{assignments}"')
             self.reread(thread)
         except GdbError as error:
-            raise DynacutError(f"the registers of {self.label} cannot be set: {error}") from None
+            raise DynacutError(
+                f"the registers of {self.label} cannot be set: {error}",
+                "this gdb does not work here; use --engine ptrace",
+            ) from None
         if any(thread.registers[name] != value % (1 << 64) for name, value in registers.items()):
             raise DynacutError(
                 f"the registers of thread {thread.tid} of {self.label} are not what they were set to",

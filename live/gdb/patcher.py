@@ -82,7 +82,10 @@ def apply_held(target: GdbTarget, patches: PatchSet) -> None:
         frames = make_ready(target, patches)
         _unblock_those_made_meanwhile(target)
         if patches.handler is HandlerChange.INSTALL and not target.status().caught & SIGTRAP_BIT:
-            raise DynacutError(f"{target.label} does not catch SIGTRAP although the handler was installed")
+            raise DynacutError(
+                f"{target.label} does not catch SIGTRAP although the handler was installed",
+                "it may set signal actions itself at this moment; try again",
+            )
         _write(target, patches, frames)
     except DynacutError as error:
         _retreat(target, patches, error)

@@ -88,7 +88,7 @@ class HeldProgram:
                 process.refresh()
                 return
             time.sleep(0.001)
-        raise DynacutError("the program did not come to its entry point in time")
+        raise DynacutError("the program did not come to its entry point in time", "try again on a less busy machine")
 
     def release(self, process: Process) -> None:
         """Lets it go: the entry point gets its bytes back, both at once as far as the program can tell.
@@ -140,7 +140,9 @@ def _start(command: Sequence[str], output: Path | None) -> int:
         failure = pipe.read().decode()
     _, status = os.waitpid(pid, 0)
     if failure or not os.WIFSTOPPED(status):
-        raise DynacutError(f"{command[0]} cannot be executed: {failure or 'it ended at once'}")
+        raise DynacutError(
+            f"{command[0]} cannot be executed: {failure or 'it ended at once'}", "give the path of a program"
+        )
     return pid
 
 

@@ -165,7 +165,7 @@ class ElfFile:
                     data = memoryview(file.read(MMAP_FROM))
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
-            raise DynacutError(f"cannot read {path}: {reason}") from error
+            raise DynacutError(f"{path} cannot be read: {reason}") from error
         elf = cls(path if root is None else root / path.relative_to(path.anchor), data, debug_file=debug_file)
         elf.identity = FileIdentity.of(status)
         return elf

@@ -235,7 +235,7 @@ def _contents(path: Path) -> bytes:
             return file.read(SIZE_LIMIT)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise DynacutError(f"cannot read {path}: {reason}", "check the path and the permissions") from error
+        raise DynacutError(f"{path} cannot be read: {reason}", "check the path and the permissions") from error
 
 
 def write(path: Path, coverage: Coverage, extents: Mapping[str, tuple[int, int]] | None = None) -> None:
@@ -277,7 +277,7 @@ def _target(path: Path) -> Path:
 
 def _unwritable(path: Path, error: OSError | ValueError) -> DynacutError:
     reason = (error.strerror if isinstance(error, OSError) else None) or error
-    return DynacutError(f"cannot write {path}: {reason}", "check the folder, its permissions and space")
+    return DynacutError(f"{path} cannot be written: {reason}", "check the folder, its permissions and space")
 
 
 def _packed(coverage: Coverage, extents: Mapping[str, tuple[int, int]]) -> bytes:

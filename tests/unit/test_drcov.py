@@ -306,9 +306,9 @@ def test_malformed_logs_are_refused(path: Path, data: str, problem: str) -> None
 
 
 def test_files_that_cannot_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DynacutError, match=r"cannot read .*: No such file"):
+    with pytest.raises(DynacutError, match="cannot be read: No such file"):
         read(path)
-    with pytest.raises(DynacutError, match=r"cannot read .*: Is a directory|is not a regular file"):
+    with pytest.raises(DynacutError, match=r"cannot be read: Is a directory|is not a regular file"):
         read(tmp_path)
     os.mkfifo(path)
     with pytest.raises(DynacutError, match="is not a regular file"):
@@ -420,11 +420,11 @@ def test_writing_replaces_all_or_nothing(path: Path, tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", fail)
-        with pytest.raises(DynacutError, match=r"cannot write .*: No space left on device"):
+        with pytest.raises(DynacutError, match="cannot be written: No space left on device"):
             write(path, some)
     assert read(path) == more
     assert sorted(tmp_path.iterdir()) == [path, link]
-    with pytest.raises(DynacutError, match=r"cannot write .*: No such file"):
+    with pytest.raises(DynacutError, match="cannot be written: No such file"):
         write(tmp_path / "missing" / "log", some)
     for other in (tmp_path, Path("/dev/null")):
         with pytest.raises(DynacutError, match="is not a regular file"):

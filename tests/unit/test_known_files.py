@@ -75,7 +75,7 @@ def test_a_file_that_is_gone_is_not_taken_for_a_known_one(server: Path) -> None:
     assert Code(module(server), known).functions
     later = module(server)
     server.unlink()
-    with pytest.raises(DynacutError, match="cannot read"):
+    with pytest.raises(DynacutError, match="cannot be read"):
         _ = Code(later, known).elf
 
 

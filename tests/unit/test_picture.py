@@ -156,7 +156,7 @@ def test_a_file_that_is_missing_is_said_and_the_log_is_drawn() -> None:
     picture = picture_of([phase("x", "/no/such/file", {0x1000: 5}), phase("y", "[vdso]", {0x600: 7})])
     assert [module.from_log_alone for module in picture.modules] == [True, True]
     first, second = picture.warnings
-    assert first.startswith("/no/such/file: cannot read") and first.endswith("drawn from the log alone")
+    assert first.startswith("/no/such/file cannot be read") and first.endswith("drawn from the log alone")
     assert second == "[vdso] has no file; it is drawn from the log alone"
 
 
@@ -330,7 +330,7 @@ def test_strips_are_plain_where_nobody_looks(program: Path, tmp_path: Path, caps
         (["--html", "x.html", "--merge", "a", "-o", "b"], 2, "--html needs --show"),
         (["--show", "a", "-o", "b"], 2, "--show writes no log"),
         (["--show", "a", "--pid", "1"], 2, "give one of"),
-        (["--show", "/no/such/log"], 1, "cannot read /no/such/log"),
+        (["--show", "/no/such/log"], 1, "/no/such/log cannot be read"),
         (["--show", "/dev/null"], 1, "is not a regular file"),
     ],
 )
