@@ -164,15 +164,14 @@ def _request(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any
 
 def end_recorded(state: State, warning: str = "") -> None:
     """Ends the instance that the state tells of, but no later process of the same pid."""
-    from dynacut.jobs.trim.service import end
-    from dynacut.offline.processes import start_time
+    from dynacut.offline.processes import end_tree, start_time
 
     if (process := state.process) is not None:
         pid, started = process
         if start_time(pid) == started:
             if warning:
                 warn(f"process {pid}{warning}")
-            end(pid)
+            end_tree(pid)
         state.process = None
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.jobs.trim.service import Service, end
+from dynacut.jobs.trim.service import Service
+from dynacut.offline.processes import end_tree
 from dynacut.jobs.trim.state import State
 from dynacut.shared import resolve
 from dynacut.shared.coverage.startup import FEATURE
@@ -156,7 +157,7 @@ class Instance:
 
     def end(self, pid: int) -> None:
         """Kills it with its descendants."""
-        end(pid)
+        end_tree(pid)
         self.state.process = None
 
     def _put_back(self, pid: int) -> None:

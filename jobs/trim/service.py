@@ -1,4 +1,4 @@
-"""The service that `dynacut trim` works on: started, known to be ready, put to work, measured, ended."""
+"""The service that `dynacut trim` works on: started, known to be ready, put to work, ended."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynacut.offline.processes import end_tree
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.proc import is_alive
 
@@ -67,7 +68,7 @@ class Service:
         try:
             self.await_ready(seen, lambda: is_alive(pid))
         except BaseException:
-            end(pid)
+            end_tree(pid)
             raise
         return pid
 
@@ -187,10 +188,3 @@ class Service:
                     "name the command that ends it by --shutdown CMD",
                 )
             time.sleep(_POLL)
-
-
-def end(pid: int) -> None:
-    """Kills a process with its descendants, and reaps them."""
-    from dynacut.offline import processes
-
-    processes.end_tree(pid)
