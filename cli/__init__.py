@@ -1,1 +1,1 @@
-"""The dynacut command: one small file per subcommand, no logic of its own."""
+"""The dynacut command: a module or a folder for each subcommand, no logic of its own."""

@@ -7,7 +7,7 @@
  *   - all that changes together lives twice, in two banks; the lowest bit of `generation`, one byte and therefore
  *     written at once, says which bank is in force;
  *   - hit counters and the heap of saved bytes are shared by both banks and only ever appended to while in use.
- * table.py reads and writes the same layout; tests/unit/test_table.py compares the two with offsetof.
+ * layout.py has the same layout; tests/unit/test_table.py compares the two with offsetof.
  */
 #ifndef DYNACUT_TABLE_H
 #define DYNACUT_TABLE_H

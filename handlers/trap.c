@@ -27,8 +27,8 @@
 /* Placed by trap.ld. Hidden, or it would be addressed through a table of absolute addresses. */
 extern struct dynacut_table dynacut_table __attribute__((visibility("hidden")));
 
-_Static_assert(sizeof(struct dynacut_site) == 40, "table.py reads sites of 40 bytes");
-_Static_assert(sizeof(struct dynacut_table) <= 8192, "table.py reserves two pages for the header");
+_Static_assert(sizeof(struct dynacut_site) == 40, "layout.py has sites of 40 bytes");
+_Static_assert(sizeof(struct dynacut_table) <= 8192, "layout.py reserves two pages for the header");
 
 /* glibc's trampoline, byte for byte: unwinders know a signal frame by these instructions. */
 __asm__(".section .text.restorer, \"ax\"\n"

@@ -1,1 +1,1 @@
-"""The live backend: applies a patch set to a running process with ptrace and /proc/PID/mem."""
+"""The live backend: applies a patch set to a running process, by ptrace or through gdb, and traces its code."""

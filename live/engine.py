@@ -1,4 +1,4 @@
-"""The engines that a running process can be changed by. Nothing but this file knows that there are two."""
+"""The engines that a running process can be changed by, and the class that each one is."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The patch model both backends share: plans, targets, sites, resolution, patch sets, ELF and blocks."""
+"""The patch model that both backends share: plans, targets, sites, patch sets; and ELF files, coverage, libraries."""

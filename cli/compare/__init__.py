@@ -1,1 +1,1 @@
-"""dynacut compare: what its command line asks for, the comparison itself, and how it is told."""
+"""dynacut compare: what its command line asks for, one step that it runs by itself, and how the results are told."""

@@ -1,1 +1,1 @@
-"""dynacut trim: its command line, its steps, the service it works on, and what it has come to."""
+"""dynacut trim: what its command line asks for, and its report."""

@@ -1,6 +1,6 @@
 """ptrace(2) as quickly as Python can call it: while a thread is stopped, every microsecond counts.
 
-python-ptrace, which starts programs under trace (spawn.py), is not used between stop and detachment: its call converts
+python-ptrace, which starts programs under trace (live/tracing/spawn.py), is not used between stop and detachment: its call converts
 and checks more than is needed here. Importing it, moreover, takes a tenth of a whole command, as it runs ldconfig to
 find the C library that Python has loaded already.
 """

@@ -58,7 +58,7 @@ class HeldProgram:
                 process.write(self.entry, _JUMP_TO_ITSELF)
             ptrace(PTRACE_DETACH, self.pid)
         except BaseException:
-            os.kill(self.pid, 9)
+            os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             raise
         self._held = True
@@ -70,7 +70,7 @@ class HeldProgram:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._held:
-            os.kill(self.pid, 9)
+            os.kill(self.pid, signal.SIGKILL)
 
     def await_entry(self, process: Process, timeout: float) -> None:
         """Returns when the dynamic linker has mapped the libraries and jumped to the entry point.

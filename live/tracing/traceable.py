@@ -1,8 +1,8 @@
 """Which modules may be traced: not those that run code of their own with every signal blocked.
 
 The kernel ends a process that runs into an int3 while SIGTRAP is blocked (force_sig_info_to_task in kernel/signal.c).
-The masks that threads keep for long are seen to when blocks are armed (masks.py). The C library is different: it blocks
-all signals for the moment in which it makes a thread or a process (pthread_create, posix_spawn, and since glibc 2.41
+The masks that threads keep for long are seen to when blocks are armed (live/ptrace/masks.py). The C library is
+different: it blocks all signals for the moment in which it makes a thread or a process (pthread_create, posix_spawn, and since glibc 2.41
 fork), and the dynamic linker works for it meanwhile.
 """
 
@@ -49,7 +49,7 @@ def changes_masks(module: Module) -> bool:
 def may_block_all_signals(module: Module) -> bool:
     """Whether a module's own code may block all signals some time: it asks for a full set of them, and sets masks.
 
-    Threads and handlers that do so already are seen to when blocks are armed (masks.py); not those that come later.
+    Threads and handlers that do so already are seen to when blocks are armed; not those that come later.
     """
     elf = Code(module).elf
     names = elf.section(".dynstr")
