@@ -94,3 +94,25 @@ def test_an_example_is_a_command_line(page: str, line: str) -> None:
         assert exit_.code == 0, f"{page}: {line}"
     except DynacutError as error:
         pytest.fail(f"{page}: {line}: {error.problem}")
+
+
+def map_of_the_source() -> set[Path]:
+    """The files and folders that CONTRIBUTING names in its map, each name in the folder that was named last."""
+    found = set()
+    rows = [line.rpartition(" | ")[2] for line in (ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()]
+    for row in rows:
+        folder = ROOT
+        for name in re.findall(r"`([\w/]+(?:/|\.(?:py|c|h)))`", row) if row.endswith(" |") else ():
+            named = ROOT / name if (ROOT / name).exists() and "/" in name.rstrip("/") else folder / name
+            assert named.exists(), f"the map names {name}, which is not in {folder.relative_to(ROOT)}"
+            folder = named.parent if named.is_file() and "/" in name else folder
+            found.add(named)
+    return found
+
+
+def test_the_map_of_the_source_leads_to_every_file() -> None:
+    named = map_of_the_source()
+    layers = ("cli", "jobs", "live", "offline", "shared", "handlers")
+    files = {path for layer in layers for path in (ROOT / layer).rglob("*.py") if path.name != "__init__.py"}
+    missing = {path for path in files - named if not named.intersection(path.parents)}
+    assert sorted(str(path.relative_to(ROOT)) for path in missing) == []
