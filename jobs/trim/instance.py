@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynacut.jobs.trim.service import Service
-from dynacut.offline.processes import end_tree
 from dynacut.jobs.trim.state import State
+from dynacut.offline.processes import end_tree
 from dynacut.shared import resolve
 from dynacut.shared.coverage.startup import FEATURE
 from dynacut.shared.errors import DynacutError, ExitStatus

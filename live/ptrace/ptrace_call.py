@@ -1,8 +1,8 @@
 """ptrace(2) as quickly as Python can call it: while a thread is stopped, every microsecond counts.
 
-python-ptrace, which starts programs under trace (live/tracing/spawn.py), is not used between stop and detachment: its call converts
-and checks more than is needed here. Importing it, moreover, takes a tenth of a whole command, as it runs ldconfig to
-find the C library that Python has loaded already.
+python-ptrace, which starts programs under trace (live/tracing/spawn.py), is not used between stop and detachment: its
+call converts and checks more than is needed here. Importing it, moreover, takes a tenth of a whole command, as it runs
+ldconfig to find the C library that Python has loaded already.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The kernel ends a process that runs into an int3 while SIGTRAP is blocked (force_sig_info_to_task in kernel/signal.c).
 The masks that threads keep for long are seen to when blocks are armed (live/ptrace/masks.py). The C library is
-different: it blocks all signals for the moment in which it makes a thread or a process (pthread_create, posix_spawn, and since glibc 2.41
-fork), and the dynamic linker works for it meanwhile.
+different: it blocks all signals for the moment in which it makes a thread or a process (pthread_create, posix_spawn,
+and since glibc 2.41 fork), and the dynamic linker works for it meanwhile.
 """
 
 from __future__ import annotations
