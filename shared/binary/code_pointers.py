@@ -10,6 +10,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 
+from dynacut.shared.binary.dynamic import Dynamic
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.binary.functions import landing_pads
 from dynacut.shared.binary.symbols import symbols
@@ -19,7 +20,6 @@ _WORD = struct.Struct("<Q")
 _TABLE_ENTRY = struct.Struct("<i")
 _SYMBOL_VALUE = struct.Struct("<IBBHQ")
 _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_INIT, _DT_FINI = 6, 7, 8, 12, 13
-_DT_RELRSZ, _DT_RELR = 35, 36
 _R_64, _R_RELATIVE, _R_IRELATIVE = 1, 8, 37
 
 
@@ -35,7 +35,7 @@ def code_pointers(elf: ElfFile, start: int, end: int) -> set[int]:
     base = elf.link_base
     found.update(elf.dynamic[tag] - base for tag in (_DT_INIT, _DT_FINI) if tag in elf.dynamic)
     found.update(value - base for value in _relocated(elf))
-    found.update(value - base for value in _packed_relocated(elf))
+    found.update(_WORD.unpack(elf.view(place, 8))[0] - base for place in Dynamic(elf).packed_places())
     if elf.is_fixed:
         low, high = start + base, end + base
         for segment in elf.segments:
@@ -62,24 +62,6 @@ def _relocated(elf: ElfFile) -> Iterator[int]:
             _, _, _, section, value = _SYMBOL_VALUE.unpack_from(entry)
             if section:
                 yield value + addend
-
-
-def _packed_relocated(elf: ElfFile) -> Iterator[int]:
-    """Yield the addresses in the words that DT_RELR lists: a place, then bitmaps for 63 words after it."""
-    table, size = elf.dynamic.get(_DT_RELR), elf.dynamic.get(_DT_RELRSZ, 0)
-    if table is None or not size:
-        return
-    place = 0
-    for (entry,) in _WORD.iter_unpack(elf.view(table - elf.link_base, size & -8)):
-        if entry & 1 == 0:
-            yield _WORD.unpack(elf.view(entry - elf.link_base, 8))[0]
-            place = entry + 8
-            continue
-        bits = entry >> 1
-        for index in range(63):
-            if bits >> index & 1:
-                yield _WORD.unpack(elf.view(place + 8 * index - elf.link_base, 8))[0]
-        place += 63 * 8
 
 
 def jump_table_targets(

@@ -271,10 +271,10 @@ class Dynamic:
         An even entry is a place; an odd one is a bitmap of the 63 words behind the place before it.
         """
         dynamic, base = self.elf.dynamic, self.elf.link_base
-        if _DT_RELR not in dynamic:
+        if _DT_RELR not in dynamic or not dynamic.get(_DT_RELRSZ, 0):
             return
         place = 0
-        for (entry,) in _WORD.iter_unpack(self._view(dynamic[_DT_RELR], dynamic.get(_DT_RELRSZ, 0) & -8)):
+        for (entry,) in _WORD.iter_unpack(self._view(dynamic[_DT_RELR], dynamic[_DT_RELRSZ] & -8)):
             if entry & 1 == 0:
                 yield entry - base
                 place = entry + 8

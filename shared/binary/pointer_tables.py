@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from dynacut.shared.binary.dynamic import Dynamic
 from dynacut.shared.binary.elf import ElfFile
 
 MAX_RECORD = 1024
@@ -22,7 +23,7 @@ _GAP = 8
 
 _RELA = struct.Struct("<QQq")
 _SYMBOL_VALUE = struct.Struct("<IBBHQ")
-_DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_RELRSZ, _DT_RELR = 6, 7, 8, 35, 36
+_DT_SYMTAB, _DT_RELA, _DT_RELASZ = 6, 7, 8
 _R_64, _R_RELATIVE = 1, 8
 _WORD = re.compile(r"[A-Za-z_][\w.|:/-]{0,63}")
 
@@ -197,21 +198,5 @@ def _relocations(elf: ElfFile) -> Iterator[tuple[int, int]]:
                 _, _, _, section, value = _SYMBOL_VALUE.unpack_from(elf.view(names - base + 24 * (info >> 32), 24))
                 if section:
                     yield place - base, value + addend - base
-    table, size = elf.dynamic.get(_DT_RELR), elf.dynamic.get(_DT_RELRSZ, 0)
-    if table is not None and size:
-        for place in _packed_places(elf.view(table - base, size & -8)):
-            yield place - base, int.from_bytes(elf.view(place - base, 8), "little") - base
-
-
-def _packed_places(data: memoryview) -> Iterator[int]:
-    """Yield the vaddrs that DT_RELR lists: a place, then bitmaps for the 63 words after it."""
-    place = 0
-    for (entry,) in struct.iter_unpack("<Q", data):
-        if entry & 1 == 0:
-            yield entry
-            place = entry + 8
-            continue
-        for index in range(63):
-            if entry >> (index + 1) & 1:
-                yield place + 8 * index
-        place += 63 * 8
+    for place in Dynamic(elf).packed_places():
+        yield place, int.from_bytes(elf.view(place, 8), "little") - base
