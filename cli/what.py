@@ -86,20 +86,7 @@ class Request:
         self.ask: Ask | None = None
         self._known = KnownFiles()
         self._arguments = arguments
-        asked = [
-            name
-            for name, given in (
-                ("--plan", arguments.plan is not None),
-                ("--disable", bool(arguments.disable)),
-                ("--enable", bool(arguments.enable)),
-                ("--undo", arguments.undo),
-                ("--learned", arguments.learned),
-                ("--standing", arguments.standing),
-            )
-            if given
-        ]
-        if len(asked) > 1:
-            raise _usage(f"{' and '.join(asked)} exclude each other", "do one after the other")
+        asked = _asked(arguments)
         if arguments.handler is not None and (arguments.enable or arguments.undo):
             raise _usage("--handler installs, and --enable and --undo take away", "do one after the other")
         if arguments.handler_at is not None and arguments.handler is None:
@@ -168,6 +155,26 @@ class Request:
             tuple(PlannedSite(site) for site in arguments.disable),
         )
         return Plan(name, (feature,))
+
+
+def _asked(arguments: argparse.Namespace) -> list[str]:
+    """The one thing to do that the options name; empty if none is.
+
+    Raises:
+        DynacutError: they name several.
+    """
+    given = {
+        "--plan": arguments.plan is not None,
+        "--disable": bool(arguments.disable),
+        "--enable": bool(arguments.enable),
+        "--undo": arguments.undo,
+        "--learned": arguments.learned,
+        "--standing": arguments.standing,
+    }
+    asked = [name for name, is_given in given.items() if is_given]
+    if len(asked) > 1:
+        raise _usage(f"{' and '.join(asked)} exclude each other", "do one after the other")
+    return asked
 
 
 def _usage(problem: str, advice: str) -> DynacutError:

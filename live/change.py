@@ -87,18 +87,7 @@ def change(
                 outcome.edits += len(patches.edits)
                 if not dry_run:
                     _apply(patcher, patches, outcome, process)
-        for process in work.opened.values():
-            try:
-                process.refresh()
-                outcome.processes.append(inspect(process, thorough=False))
-            except DynacutError as error:
-                still_there = is_there(process.pid)
-                if process.pid == pid and outcome.changed and not still_there:
-                    raise _ended(process) from None
-                if outcome.changed and error.status is ExitStatus.REFUSED:
-                    error.status = ExitStatus.CHECK_FAILED
-                if process.pid == pid or still_there:
-                    raise
+        work.look_again()
     return outcome
 
 
@@ -158,6 +147,26 @@ class _Work:
             self.opened[pid] = process
             resolved.append((process, patcher, patches))
         return resolved
+
+    def look_again(self) -> None:
+        """Looks at all processes as they are now; children that have ended meanwhile are left out.
+
+        Raises:
+            DynacutError: the root has ended, or one of them cannot be looked at.
+        """
+        outcome = self.outcome
+        for process in self.opened.values():
+            try:
+                process.refresh()
+                outcome.processes.append(inspect(process, thorough=False))
+            except DynacutError as error:
+                still_there = is_there(process.pid)
+                if process.pid == self.root and outcome.changed and not still_there:
+                    raise _ended(process) from None
+                if outcome.changed and error.status is ExitStatus.REFUSED:
+                    error.status = ExitStatus.CHECK_FAILED
+                if process.pid == self.root or still_there:
+                    raise
 
 
 def _apply(patcher: Patching, patches: PatchSet, outcome: Outcome, process: Process) -> None:

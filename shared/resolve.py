@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dynacut.handlers.table import MAX_RANGES, Action, Table, TableSite
 from dynacut.shared.added import in_place, is_mapped
@@ -55,16 +55,10 @@ def disable(
     resolver.check_overlaps(sites)
     resolver.check_destinations(sites)
     if resolver.misfits:
-        shown = resolver.misfits[:_MAX_DETAILS]
-        if len(resolver.misfits) > len(shown):
-            shown.append(f"… and {len(resolver.misfits) - len(shown)} more")
-        if len(shown) == 1:
-            raise DynacutError(shown[0], resolver.advice)
-        raise DynacutError(f"the plan does not fit {target.label}", resolver.advice, details=shown)
+        raise _misfitting(target, resolver)
     if sum(site.action in (Action.UNMAP, Action.MAP) for site in sites) > MAX_RANGES:
         raise DynacutError(f"the plan takes away or adds more than {MAX_RANGES} runs of pages", "use scope block")
-    in_memory = [(site, target.read(site.address, len(site.old))) for site in sites if site.feature in replaced]
-    edits = tuple(ByteEdit(site.address, found, site.new) for site, found in in_memory if found != site.new)
+    edits = tuple(_edits(target, [site for site in sites if site.feature in replaced]))
     features = (*known_features, *(name for name in plan.feature_names if name not in known_features))
     layout_for(features, sites)
     return PatchSet(
@@ -79,6 +73,24 @@ def disable(
         unmap=holes_to_make(target, [site for site in sites if site.feature in replaced]),
         add=tuple(part.segment for part in added if not is_mapped(target, part.entry)),
     )
+
+
+def _edits(target: Target, sites: Iterable[TableSite]) -> Iterator[ByteEdit]:
+    """The edits that patch sites, but for those that are patched already."""
+    for site in sites:
+        found = target.read(site.address, len(site.old))
+        if found != site.new:
+            yield ByteEdit(site.address, found, site.new)
+
+
+def _misfitting(target: Target, resolver: Resolver) -> DynacutError:
+    """The error for a plan that does not fit: one misfit as such, several a line each."""
+    shown = resolver.misfits[:_MAX_DETAILS]
+    if len(resolver.misfits) > len(shown):
+        shown.append(f"… and {len(resolver.misfits) - len(shown)} more")
+    if len(shown) == 1:
+        return DynacutError(shown[0], resolver.advice)
+    return DynacutError(f"the plan does not fit {target.label}", resolver.advice, details=shown)
 
 
 def install(library: Library, table: Table | None) -> PatchSet:

@@ -13,6 +13,8 @@ from dynacut.shared.proc import is_alive
 
 if TYPE_CHECKING:
     from dynacut.jobs.trim.steps import Trim
+    from dynacut.shared.coverage.coverage import Coverage
+    from dynacut.shared.coverage.picture import Phase
 
 
 def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     from dynacut.jobs.trim import outcome
     from dynacut.shared.coverage.drcov import read_union
     from dynacut.shared.coverage.keep import planned_code
-    from dynacut.shared.coverage.picture import Phase, picture_of
+    from dynacut.shared.coverage.picture import picture_of
     from dynacut.shared.coverage.startup import startup_code
     from dynacut.shared.on_hit import OnHit
     from dynacut.shared.plan_file import load
@@ -64,17 +66,23 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
         "tables": tables,
     }
     write_text(trim.path("report.json"), json.dumps(document, indent=2) + "\n")
-    removed = planned_code(plan)
-    phases = [
-        Phase("kept start-up", init.difference(removed)),
-        Phase("serving", serving),
-        Phase("removed start-up", removed),
-    ]
+    phases = _phases(init, serving, planned_code(plan))
     picture = picture_of(phases, [module.path for module in modules])
     program = Path(trim.tracer.service.command[0] if trim.tracer.service.command else last["exe"])
     title = f"{program.name}, trimmed"
     write_text(trim.path("report.html"), page_of(picture, tables, title=title, summary=summary))
     return document
+
+
+def _phases(init: Coverage, serving: Coverage, removed: Coverage) -> list[Phase]:
+    """What the picture shows of start-up and service."""
+    from dynacut.shared.coverage.picture import Phase
+
+    return [
+        Phase("kept start-up", init.difference(removed)),
+        Phase("serving", serving),
+        Phase("removed start-up", removed),
+    ]
 
 
 def print_report(document: dict[str, Any], *, ended: bool) -> None:
