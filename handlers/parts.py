@@ -19,7 +19,7 @@ from dynacut.handlers.layout import (
     Layout,
     TableError,
 )
-from dynacut.handlers.records import Action, Repair, RepairKind, TableSite
+from dynacut.handlers.records import INT3, Action, Repair, RepairKind, TableSite
 
 _ACTIONS = {int(action): action for action in Action}
 """A trace has 84,000 sites: Action(number) would take a third of the time of reading them."""
@@ -131,7 +131,7 @@ def unpack_sites(data: bytes, layout: Layout, bank: Bank, features: Sequence[str
         unmapped_end = address + argument if action == Action.UNMAP else unmapped_end
         heap = layout.heap + bytes_offset
         old, saved_new = bytes(data[heap : heap + length]), bytes(data[heap + length : heap + needed])
-        new = saved_new if action == Action.EDIT else b"\xcc" * length
+        new = saved_new if action == Action.EDIT else INT3 * length
         (hits,) = _COUNTER.unpack_from(data, layout.counters + _COUNTER.size * counter)
         order = 0
         if action == Action.LEARN:

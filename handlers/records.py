@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from dynacut.handlers.layout import ACTION, LIBRARY, LIBRARY_OFFSET, PATH_SIZE, USER_OFFSET
 
+INT3 = b"\xcc"
+"""What code is patched with: an instruction of one byte that traps."""
+
 
 class Action(IntEnum):
     """What a hit does; the values are those of enum dynacut_action."""

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from dynacut.handlers.records import INT3
 from dynacut.handlers.table import Action, Table, TableSite
 from dynacut.shared.code import Code
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module, Target
@@ -152,7 +153,7 @@ class Patched:
             if address < hole.start:
                 data += self._target.read(address, hole.start - address)
             stop = min(hole.end, end)
-            data += b"\xcc" * (stop - max(address, hole.start))
+            data += INT3 * (stop - max(address, hole.start))
             address = stop
         return data + self._target.read(address, end - address) if address < end else data
 

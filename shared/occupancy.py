@@ -6,11 +6,10 @@ import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from dynacut.handlers.records import INT3
 from dynacut.shared.patch_set import ByteEdit
 from dynacut.shared.signal_frames import RIP_IN_FRAME, SignalFrames, aligned_words, whole_stacks
 from dynacut.shared.target import Target
-
-_INT3 = 0xCC
 
 
 class Occupancy:
@@ -25,7 +24,7 @@ class Occupancy:
         ranges = sorted(
             (edit.address + (edit.old != edit.new), edit.end)
             for edit in edits
-            if len(edit.old) > 1 and not (edit.old[0] == _INT3 and edit.new[0] != _INT3)
+            if len(edit.old) > 1 and not (edit.old[:1] == INT3 and edit.new[:1] != INT3)
         )
         self._starts = [start for start, _ in ranges]
         self._ends = [end for _, end in ranges]

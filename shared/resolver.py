@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
+from dynacut.handlers.records import INT3
 from dynacut.handlers.table import Action, TableSite
 from dynacut.shared.added import Added, is_mapped
 from dynacut.shared.binary.functions import FunctionRange
@@ -18,7 +19,6 @@ from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.sites import ABSOLUTE, Ask, Locator, Place
 from dynacut.shared.target import PAGE_SIZE, Target
 
-INT3 = b"\xcc"
 _APART = "a part of one that lies apart, with a frame on the stack"
 
 

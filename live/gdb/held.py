@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from dynacut.handlers.records import INT3
 from dynacut.live.gdb.session import GdbError, GdbSession
 from dynacut.live.gdb.through_gdb import Described, ReadFile, ThroughGdb
 from dynacut.live.ptrace.resumption import ERESTARTNOHAND, in_syscall, never_runs, resumption, was_interrupted
@@ -21,7 +22,6 @@ from dynacut.shared.proc import task_status, thread_ids
 from dynacut.shared.target import SIGTRAP
 
 _REGISTERS = ("rax", "rcx", "rdx", "rsi", "rdi", "rsp", "r8", "r9", "r10", "r11", "rip", "orig_rax", "fs_base")
-_INT3 = 0xCC
 _SI_KERNEL = 0x80  # what an int3's SIGTRAP has for a code (asm/siginfo.h)
 PAUSE = 0.002
 _STOP_TIMEOUT = 0.5
@@ -281,7 +281,7 @@ class Held(ThroughGdb):
         if in_syscall(thread.registers):
             return
         with suppress(GdbError):  # a jump to nowhere, about to end the process
-            if self.session.read(rip - 1, 1)[0] == _INT3 and self.signal_of(thread) == (SIGTRAP, _SI_KERNEL):
+            if self.session.read(rip - 1, 1) == INT3 and self.signal_of(thread) == (SIGTRAP, _SI_KERNEL):
                 self.send(thread, rip - 1)
 
     def _conceal(self, thread: HeldThread) -> None:

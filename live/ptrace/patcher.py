@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from dynacut.handlers.records import INT3
 from dynacut.handlers.table import MAGIC, OBSERVED_OFFSET, PREVIOUS_OFFSET, KernelAction, Table, Write
 from dynacut.live.own_memory import await_own_memory
 from dynacut.live.process import Process, gone
@@ -44,7 +45,6 @@ from dynacut.shared.rollback import standing_edits
 from dynacut.shared.signal_frames import NO_FRAMES, SignalFrames
 from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT
 
-_INT3 = 0xCC
 _HANDLER_STAYS = "all bytes are put back, the handler is still installed; run --undo again"
 
 _SOME_STAY = "some code could not be put back, and stays disabled with the handler; --undo takes it back"
@@ -298,5 +298,5 @@ def _by_way(edits: Sequence[ByteEdit]) -> tuple[list[ByteEdit], list[ByteEdit]]:
     """Edits of single bytes that are, or become, an int3: to be written while the process runs; and all others."""
     ways: tuple[list[ByteEdit], list[ByteEdit]] = [], []
     for edit in edits:
-        ways[not (len(edit.new) == 1 and _INT3 in (edit.new[0], edit.old[0]))].append(edit)
+        ways[not (len(edit.new) == 1 and INT3 in (edit.new, edit.old))].append(edit)
     return ways

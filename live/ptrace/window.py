@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 
+from dynacut.handlers.records import INT3
 from dynacut.live.process import Process, gone, runs_another_program
 from dynacut.live.ptrace.resumption import never_runs
 from dynacut.live.ptrace.stop_clock import StopClock
@@ -22,7 +23,6 @@ from dynacut.shared.rollback import standing_edits
 from dynacut.shared.signal_frames import SignalFrames
 from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT
 
-_INT3 = 0xCC
 _STOP_TIMEOUT = 0.5
 _ALL_STOPPED_TIMEOUT = 2.0
 _PAUSE = 0.002
@@ -45,7 +45,7 @@ def write_in_window(
     """
     occupancy = Occupancy(edits, frames)
     runs = list(_runs(sorted(edits, key=lambda edit: edit.address)))
-    heads = [(edit.address, edit.old[:1]) for edit in edits if edit.new[0] == _INT3 and edit.old[0] != _INT3]
+    heads = [(edit.address, edit.old[:1]) for edit in edits if edit.new[:1] == INT3 and edit.old[:1] != INT3]
     attempts = 0
     closed = False
     try:
@@ -60,7 +60,7 @@ def write_in_window(
                 closed = True
                 deadline = min(deadline, time.monotonic() + _CLOSED_SECONDS)
                 for address, _ in heads:
-                    process.write(address, bytes([_INT3]))
+                    process.write(address, INT3)
             time.sleep(_PAUSE)
         closed = False
     finally:

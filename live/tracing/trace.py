@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from dynacut.handlers.records import INT3
 from dynacut.handlers.table import TRACE_MAGIC, Action, Table, TableSite
 from dynacut.live.lock import locked
 from dynacut.live.process import Process
@@ -36,8 +37,6 @@ from dynacut.shared.restoring import SiteMemory
 from dynacut.shared.target import Module
 
 _FEATURE = "trace"
-_INT3 = 0xCC
-_INT3_BYTE = b"\xcc"
 _MAX_ROUNDS = 20
 
 
@@ -111,7 +110,7 @@ class Trace:
         if not self._blocks:
             raise DynacutError("there is no block to trace", "choose other modules by --module")
         sites = tuple(
-            TableSite(address, _FEATURE, Action.LEARN, 0, block.size, block.original, _INT3_BYTE)
+            TableSite(address, _FEATURE, Action.LEARN, 0, block.size, block.original, INT3)
             for address in self._addresses
             for block in (self._blocks[address],)
         )
@@ -211,7 +210,7 @@ class Trace:
                 start = mapping.start - base
                 for offset, size in zip(blocks.block_starts, blocks.block_sizes, strict=True):
                     index = offset - start
-                    if 0 <= index < len(memory) and memory[index] != _INT3:
+                    if 0 <= index < len(memory) and memory[index] != INT3[0]:
                         original = bytes(memory[index : index + 1])
                         if original == code.elf.read(offset, 1) and not code.is_restartable(offset, offset + 1):
                             yield _Block(code, offset, size, original)
@@ -228,7 +227,7 @@ class Trace:
 
     def _arm_again(self, process: Process) -> None:
         for address in self._healed(process):
-            process.write(address, _INT3_BYTE)
+            process.write(address, INT3)
 
     def _family(self) -> list[int]:
         """The process and what it has forked since it was armed, and those in turn: all that count in its counters."""
@@ -312,7 +311,7 @@ def armed_blocks(process: Process) -> int:
     if found is None or found.table is None:
         return 0
     memory = SiteMemory(process)
-    return sum(memory.found(site) == _INT3_BYTE for site in found.table.sites)
+    return sum(memory.found(site) == INT3 for site in found.table.sites)
 
 
 def stop_trace(process: Process, timeout: float, clock: StopClock) -> int:
