@@ -12,7 +12,7 @@ from dynacut.live.freezer import freezing_cgroup
 from dynacut.live.own_memory import await_own_memory
 from dynacut.live.process import gone
 from dynacut.live.refusal import NeedsCheckpointError
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.errors import AS_ROOT, DynacutError
 from dynacut.shared.proc import TaskStatus, task_status, thread_ids
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -25,7 +25,6 @@ ASK_FILTERS = "use `dynacut live --check-seccomp`, which asks the filter first"
 """For admit(): where a filter may be asked."""
 ANOTHER_ENGINE = "use --check-seccomp, which asks the filter first, without --engine gdb"
 """For admit(): where it may not, but by the ptrace engine."""
-_AS_ROOT = "run dynacut as root, by sudo"
 YAMA_3_ADVICE = (
     "set kernel.yama.ptrace_scope lower in /etc/sysctl.d and start the machine again: it cannot be lowered before, and "
     "CRIU may not trace either"
@@ -150,12 +149,12 @@ def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, s
     if me != 0 and any(uid != me for uid in status.uids[:3]):
         return (
             f"{label} belongs to another user (uid {status.uids[0]})",
-            _AS_ROOT,
+            AS_ROOT,
         )
     if me != 0 and Path(f"/proc/{pid}/status").stat().st_uid != me:
         return (
             f"{label} is not dumpable: it changed its privileges, or forbade it by prctl(PR_SET_DUMPABLE)",
-            _AS_ROOT,
+            AS_ROOT,
         )
     scope = yama_scope()
     if scope == 3:
@@ -163,7 +162,7 @@ def _why_not_permitted(pid: int, label: str, status: TaskStatus) -> tuple[str, s
     if scope in (1, 2) and me != 0:
         return (
             f"{label} may not be traced: Yama allows {'parents' if scope == 1 else 'root'} only (ptrace_scope {scope})",
-            _AS_ROOT,
+            AS_ROOT,
         )
     return (
         f"{label} may not be traced from here: it lies in another user namespace or container, or a security module "

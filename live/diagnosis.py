@@ -16,8 +16,8 @@ from dynacut.live.admission import YAMA_3_ADVICE, yama_scope
 from dynacut.live.gdb.program import ADVICE as GDB_ADVICE
 from dynacut.live.gdb.program import speaks_mi
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
-from dynacut.shared.diagnosis import SUDO, Area, Finding, State, capability, program, python_package
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.diagnosis import Area, Finding, State, capability, program, python_package
+from dynacut.shared.errors import AS_ROOT, DynacutError
 from dynacut.shared.proc import read_mappings, task_status
 
 _STOP_TIMEOUT = 2.0
@@ -117,7 +117,7 @@ def _user(uid: int) -> Finding:
     if uid == 0:
         return Finding("user", Area.LIVE, State.OK, "root")
     costs = "only processes of this user can be patched, and none that gave up privileges"
-    return Finding("user", Area.LIVE, State.LIMITED, f"uid {uid}, not root", costs, SUDO)
+    return Finding("user", Area.LIVE, State.LIMITED, f"uid {uid}, not root", costs, AS_ROOT)
 
 
 def _may_trace() -> bool:
@@ -137,11 +137,11 @@ def yama(scope: int | None, *, may_trace: bool) -> Finding:
         return Finding("Yama", Area.LIVE, State.MISSING, found, costs, YAMA_3_ADVICE, essential=True)
     if scope == 0 or may_trace:
         return Finding("Yama", Area.LIVE, State.OK, found)
-    mend = f"{SUDO}; or sysctl kernel.yama.ptrace_scope=0"
+    mend = f"{AS_ROOT}; or sysctl kernel.yama.ptrace_scope=0"
     if scope == 1:
         return Finding("Yama", Area.LIVE, State.LIMITED, found, "only descendants of dynacut can be patched", mend)
     costs = "nothing can be patched live: tracing is for those with CAP_SYS_PTRACE"
-    return Finding("Yama", Area.LIVE, State.MISSING, found, costs, SUDO, essential=True)
+    return Finding("Yama", Area.LIVE, State.MISSING, found, costs, AS_ROOT, essential=True)
 
 
 def _seccomp() -> Finding:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dynacut.shared import proc
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.errors import AS_ROOT, DynacutError
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.001
@@ -123,4 +123,4 @@ def require_root(what: str) -> None:
     DynacutError: this process is not root's.
     """
     if os.geteuid() != 0:
-        raise DynacutError(f"{what} needs root", "run dynacut as root, by sudo")
+        raise DynacutError(f"{what} needs root", AS_ROOT)

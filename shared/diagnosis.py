@@ -13,9 +13,9 @@ from pathlib import Path
 
 from dynacut.shared.binary.cache_folder import cache_folder
 from dynacut.shared.binary.symbols import DEBUG_ROOT
+from dynacut.shared.errors import AS_ROOT
 from dynacut.shared.proc import task_status
 
-SUDO = "run dynacut as root, by sudo"
 _VERSION_TIMEOUT = 10.0
 
 
@@ -61,7 +61,7 @@ def capability(name: str, area: Area, costs: str, mend: str) -> Finding:
     """Whether this process has a capability in force (capabilities(7)). mend: for root; others must become it."""
     if task_status(os.getpid()).capabilities >> CAPABILITIES[name] & 1:
         return Finding(name, area, State.OK, "in force")
-    return Finding(name, area, State.LIMITED, "not in force", costs, mend if os.geteuid() == 0 else SUDO)
+    return Finding(name, area, State.LIMITED, "not in force", costs, mend if os.geteuid() == 0 else AS_ROOT)
 
 
 def program(name: str, area: Area, *, costs: str, package: str) -> Finding:

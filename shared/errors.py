@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 
+AS_ROOT = "run dynacut as root, by sudo"
+"""The advice where only the right to do it is missing."""
+
 
 class ExitStatus(IntEnum):
     """The exit statuses of every dynacut command."""
