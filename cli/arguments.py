@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from dynacut.shared.errors import shortened
+from dynacut.shared.errors import DynacutError, ExitStatus, shortened
 
 _MAX_SECONDS = 366 * 24 * 3600.0
 _MAX_COUNT = 1000
@@ -24,6 +24,11 @@ def command_behind_dashes(arguments: argparse.Namespace) -> list[str]:
     """The words of `-- CMD …`, without the dashes, which argparse leaves there."""
     words: list[str] = arguments.command
     return words[1:] if words[:1] == ["--"] else words
+
+
+def wrong_usage(command: str, problem: str) -> DynacutError:
+    """The error for options of a subcommand that do not fit together."""
+    return DynacutError(problem, f"see dynacut {command} --help", status=ExitStatus.USAGE)
 
 
 def tcp_port(text: str) -> int:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.arguments import add_output_options, command_behind_dashes, count
+from dynacut.cli.arguments import add_output_options, command_behind_dashes, count, wrong_usage
 from dynacut.cli.console import print_error, print_json, print_table, warn
 from dynacut.cli.quantities import counted
 from dynacut.cli.steps import Steps
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 
     command = command_behind_dashes(arguments)
     if (arguments.pid is None) == (not command):
-        raise _usage("there must be something to compare on: either --pid or -- CMD")
+        raise wrong_usage("compare", "there must be something to compare on: either --pid or -- CMD")
     plan = load(arguments.plan)
     features = plan.only(arguments.feature).feature_names if arguments.feature else plan.feature_names
     processes.require_root("a comparison")
@@ -150,7 +150,9 @@ def _ask(arguments: argparse.Namespace, ways: Sequence[Way], features: Sequence[
     if arguments.yes or arguments.ways:
         return
     if not sys.stdin.isatty():
-        raise _usage("a comparison on a running process needs --yes, or --ways, where nobody can be asked")
+        raise wrong_usage(
+            "compare", "a comparison on a running process needs --yes, or --ways, where nobody can be asked"
+        )
     print("Begin? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise DynacutError("nothing was done", "use -- CMD to compare on instances started for it")
@@ -244,7 +246,3 @@ def _tcp(text: str) -> Probe:
     from dynacut.jobs.compare.probes import TcpProbe, endpoint
 
     return TcpProbe(*endpoint(text))
-
-
-def _usage(problem: str) -> DynacutError:
-    return DynacutError(problem, "see dynacut compare --help", status=ExitStatus.USAGE)

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynacut.cli.arguments import add_output_options, command_behind_dashes, count, seconds
+from dynacut.cli.arguments import add_output_options, command_behind_dashes, count, seconds, wrong_usage
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.plan import startup
 from dynacut.cli.plan.findings import Findings, document, print_findings
-from dynacut.cli.plan.startup import usage
 from dynacut.cli.steps import Steps
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan import name_problem
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     """Finds, tries, writes the plan."""
     feature = bool(arguments.wanted or arguments.unwanted)
     if feature + bool(arguments.init) + bool(arguments.keep) != 1:
-        raise usage("give one of --wanted with --unwanted, --init with --serving, --plan with --keep")
+        raise wrong_usage("plan", "give one of --wanted with --unwanted, --init with --serving, --plan with --keep")
     _check_belonging(arguments, feature=feature)
     if not feature:
         return startup.run(arguments)
@@ -75,16 +74,16 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.shared.coverage.suggest import suggest
 
     if not (arguments.wanted and arguments.unwanted):
-        raise usage("--wanted and --unwanted need each other")
+        raise wrong_usage("plan", "--wanted and --unwanted need each other")
     if arguments.output is None:
-        raise usage("-o PLAN.toml is missing")
+        raise wrong_usage("plan", "-o PLAN.toml is missing")
     if problem := name_problem(arguments.name):
-        raise usage(problem)
+        raise wrong_usage("plan", problem)
     command = command_behind_dashes(arguments)
     if arguments.tried and (arguments.pid is None) == (not command):
-        raise usage("--try needs an instance: either --pid or -- CMD")
+        raise wrong_usage("plan", "--try needs an instance: either --pid or -- CMD")
     if arguments.tried and not arguments.probe_unwanted:
-        raise usage("--try needs --probe-unwanted")
+        raise wrong_usage("plan", "--try needs --probe-unwanted")
     with Steps(shown=not arguments.quiet) as steps:
         steps.tell("reading the logs")
         error = read_union(arguments.error, warn) if arguments.error else None
@@ -123,7 +122,7 @@ def _check_belonging(arguments: argparse.Namespace, *, feature: bool) -> None:
         ("--on-hit and --scope", "--init or --keep", (arguments.on_hit or arguments.scope) and feature),
     ):
         if misplaced:
-            raise usage(f"{options}: only with {owner}")
+            raise wrong_usage("plan", f"{options}: only with {owner}")
 
 
 def _try(

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.cli.arguments import wrong_usage
 from dynacut.cli.console import SCHEMA, print_json, print_table, warn
 from dynacut.cli.steps import Steps
 from dynacut.handlers.table import Action
-from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.shared.errors import ExitStatus, printable
 from dynacut.shared.on_hit import SYNTAX as ON_HIT_SYNTAX
 from dynacut.shared.on_hit import OnHit
 from dynacut.shared.plan import Scope
@@ -66,9 +67,9 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.shared.coverage.startup import split_at, startup_code, startup_plan
 
     if not arguments.serving and not arguments.init_point:
-        raise usage("--init needs --serving: the phases whose code has to stay")
+        raise wrong_usage("plan", "--init needs --serving: the phases whose code has to stay")
     if arguments.module and arguments.all_modules:
-        raise usage("--module and --all-modules exclude each other")
+        raise wrong_usage("plan", "--module and --all-modules exclude each other")
     init, later = read_union(arguments.init, warn), [read_union(arguments.serving, warn)] if arguments.serving else []
     if arguments.init_point:
         init, after = split_at(init, arguments.init_point)
@@ -96,7 +97,7 @@ def _keep(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.shared.coverage.startup import FEATURE
 
     if arguments.plan is None:
-        raise usage("--keep needs the plan: --plan PLAN.toml")
+        raise wrong_usage("plan", "--keep needs the plan: --plan PLAN.toml")
     plan, count = without(load(arguments.plan), read_union(arguments.keep, warn))
     on_hit = OnHit.parse(arguments.on_hit) if arguments.on_hit else None
     if on_hit or arguments.scope:
@@ -164,8 +165,3 @@ def _size(blocks: Mapping[int, int]) -> dict[str, int]:
 
 def _path(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def usage(problem: str) -> DynacutError:
-    """The error for options that do not fit together."""
-    return DynacutError(problem, "see dynacut plan --help", status=ExitStatus.USAGE)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynacut.cli import picture as show
-from dynacut.cli.arguments import add_output_options, command_behind_dashes, pause, tcp_port
+from dynacut.cli.arguments import add_output_options, command_behind_dashes, pause, tcp_port, wrong_usage
 from dynacut.cli.console import SCHEMA, print_json
 from dynacut.cli.trace.sets import OPERATIONS, add_options, combine
-from dynacut.shared.errors import DynacutError, ExitStatus, printable
+from dynacut.shared.errors import ExitStatus, printable
 
 if TYPE_CHECKING:
     from dynacut.shared.coverage.coverage import Coverage
@@ -73,20 +73,20 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     sets = [name for name in OPERATIONS if getattr(arguments, name)]
     command = command_behind_dashes(arguments)
     if len(sets) + (arguments.pid is not None) + bool(command) + bool(arguments.show) != 1:
-        raise _usage("give one of --pid, -- CMD, --merge, --intersect, --subtract, --show")
+        raise wrong_usage("trace", "give one of --pid, -- CMD, --merge, --intersect, --subtract, --show")
     if arguments.html and not arguments.show:
-        raise _usage("--html needs --show")
+        raise wrong_usage("trace", "--html needs --show")
     if arguments.normalise and not sets:
-        raise _usage("--normalise belongs to --merge, --intersect or --subtract")
+        raise wrong_usage("trace", "--normalise belongs to --merge, --intersect or --subtract")
     if arguments.show:
         if arguments.output:
-            raise _usage("--show writes no log; --html FILE writes the picture")
+            raise wrong_usage("trace", "--show writes no log; --html FILE writes the picture")
         return show.run(arguments)
     if arguments.phase:
         return _begin_phase(arguments)
     if sets:
         if arguments.output is None:
-            raise _usage("-o FILE is missing")
+            raise wrong_usage("trace", "-o FILE is missing")
         _report(arguments, {"result": (arguments.output, combine(arguments, sets[0]))})
         return ExitStatus.DONE
     from dynacut.cli.trace.session import Session, check_options
@@ -102,7 +102,7 @@ def _begin_phase(arguments: argparse.Namespace) -> ExitStatus:
     from dynacut.live.tracing.phases import begin_phase
 
     if arguments.pid is None:
-        raise _usage("--phase needs --pid")
+        raise wrong_usage("trace", "--phase needs --pid")
     said = begin_phase(arguments.pid, arguments.phase)
     if arguments.json:
         print_json({"schema": SCHEMA, "phase": arguments.phase})
@@ -133,7 +133,3 @@ def _report(
     elif not arguments.quiet:
         for name, (path, coverage) in logs.items():
             print(f"{name}: {coverage.count:,} blocks, {coverage.size_bytes:,} bytes → {path}")
-
-
-def _usage(problem: str) -> DynacutError:
-    return DynacutError(problem, "see dynacut trace --help", status=ExitStatus.USAGE)

@@ -12,10 +12,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from dynacut.cli.arguments import wrong_usage
 from dynacut.cli.console import warn
 from dynacut.cli.steps import clear_line
 from dynacut.cli.trace.progress import Progress
-from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.errors import DynacutError
 
 if TYPE_CHECKING:
     from dynacut.live.process import Process
@@ -292,7 +293,7 @@ def check_options(arguments: argparse.Namespace) -> None:
         ("--ready-log takes a file and a regular expression, or the latter alone", len(arguments.ready_log or ()) > 2),
     ):  # fmt: skip
         if wrong:
-            raise DynacutError(problem, "see dynacut trace --help", status=ExitStatus.USAGE)
+            raise wrong_usage("trace", problem)
 
 
 def _pattern(arguments: argparse.Namespace) -> str | None:

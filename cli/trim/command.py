@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynacut.cli.arguments import add_output_options, command_behind_dashes, count, pause, seconds, tcp_port
+from dynacut.cli.arguments import (
+    add_output_options,
+    command_behind_dashes,
+    count,
+    pause,
+    seconds,
+    tcp_port,
+    wrong_usage,
+)
 from dynacut.cli.console import print_json, warn
 from dynacut.cli.steps import Steps
 from dynacut.handlers.table import Action
@@ -129,9 +137,9 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
 
 def _check_usage(arguments: argparse.Namespace, command: list[str]) -> None:
     if (arguments.pid is None) == (not command):
-        raise _usage("give the service: either -- CMD or --pid P")
+        raise wrong_usage("trim", "give the service: either -- CMD or --pid P")
     if not arguments.workload:
-        raise _usage("--workload is missing: what is not in it, or in --serve, may be removed")
+        raise wrong_usage("trim", "--workload is missing: what is not in it, or in --serve, may be removed")
     if OnHit.parse(arguments.on_hit).action is Action.LEARN and arguments.scope == Scope.PAGE:
         raise DynacutError(
             "--scope page unmaps pages, which cannot come back when they are needed after all",
@@ -146,13 +154,13 @@ def _check_usage(arguments: argparse.Namespace, command: list[str]) -> None:
                 status=ExitStatus.USAGE,
             )
         if arguments.ready_port is not None or arguments.ready_log is not None or arguments.shutdown:
-            raise _usage("--ready-port, --ready-log and --shutdown belong to -- CMD")
+            raise wrong_usage("trim", "--ready-port, --ready-log and --shutdown belong to -- CMD")
         if arguments.end:
-            raise _usage("--end belongs to -- CMD: a service that ran before is not ended")
+            raise wrong_usage("trim", "--end belongs to -- CMD: a service that ran before is not ended")
     elif arguments.init:
-        raise _usage("--init belongs to --pid: with -- CMD start-up is traced")
+        raise wrong_usage("trim", "--init belongs to --pid: with -- CMD start-up is traced")
     elif arguments.ready_port is None and arguments.ready_log is None:
-        raise _usage("when does start-up end? give --ready-port N or --ready-log REGEX")
+        raise wrong_usage("trim", "when does start-up end? give --ready-port N or --ready-log REGEX")
 
 
 def _request(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any]:
@@ -241,7 +249,3 @@ def _step(trim: Trim, name: str, title: str, steps: Steps, *, quiet: bool) -> No
     numbers = [f"{key.replace('_', ' ')} {said[key]:,}" for key in _TOLD if key in said]
     text = f"{title}: {_TITLES[name]} ({', '.join([*numbers, suffix])})"
     steps.say(text)
-
-
-def _usage(problem: str) -> DynacutError:
-    return DynacutError(problem, "see dynacut trim --help", status=ExitStatus.USAGE)
