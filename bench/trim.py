@@ -215,6 +215,8 @@ def _claims(figures: Figures, reports: dict[str, dict[str, Any]]) -> list[Claim]
         claims.append(Claim(text, f"{share:.1%}", share >= REMOVED_LEAST))
     for measured, share in figures.medians(DYNACUT, "share").items():
         varied, noise = dict(measured), _noise(figures, measured)
-        text = f"{varied['server']}'s {varied['test']} per second are no fewer than an untouched one's, within the noise"
+        text = (
+            f"{varied['server']}'s {varied['test']} per second are no fewer than an untouched one's, within the noise"
+        )
         claims.append(Claim(text, f"{share - 1:+.1%}, noise {noise:.1%}", 1 - share <= noise))
     return claims
