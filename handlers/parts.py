@@ -19,7 +19,7 @@ from dynacut.handlers.layout import (
     Layout,
     TableError,
 )
-from dynacut.handlers.records import INT3, Action, Repair, RepairKind, TableSite
+from dynacut.handlers.records import INT3, RANGES, Action, Repair, RepairKind, TableSite
 
 _ACTIONS = {int(action): action for action in Action}
 """A trace has 84,000 sites: Action(number) would take a third of the time of reading them."""
@@ -110,7 +110,7 @@ def unpack_sites(data: bytes, layout: Layout, bank: Bank, features: Sequence[str
         if action is None:
             raise TableError(f"a site with unknown action {number}")
         needed = 2 * length if action == Action.EDIT else length
-        is_range = action in (Action.UNMAP, Action.MAP)
+        is_range = action in RANGES
         # Each site has saved bytes of its own, and no page is taken away twice: else a table could name gigabytes.
         saved += needed
         ranges += is_range

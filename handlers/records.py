@@ -27,6 +27,10 @@ class Action(IntEnum):
     MAP = 9
 
 
+RANGES = (Action.UNMAP, Action.MAP)
+"""Actions of what is no place in code, but a range of pages."""
+
+
 class RepairKind(IntEnum):
     """What was changed so that SIGTRAP is not blocked."""
 
@@ -62,12 +66,37 @@ class TableSite:
     action: Action
     argument: int
     size: int
-    """Of the basic block that the site stands for, in bytes."""
+    """Of the basic block that the site stands for, in bytes. Of MAP something else: protection."""
     old: bytes
     new: bytes
     hits: int = field(default=0, compare=False)
     order: int = field(default=0, compare=False)
     """Of a block that learns: the number of its last hit among all such hits; 0 if it was not hit."""
+
+    @classmethod
+    def unmapped(cls, address: int, feature: str, size: int) -> TableSite:
+        """What says that so many bytes of whole pages are unmapped."""
+        return cls(address, feature, Action.UNMAP, size, 0, b"", b"")
+
+    @classmethod
+    def mapped(cls, address: int, feature: str, size: int, protection: int) -> TableSite:
+        """What says that so many bytes of memory were added. protection: PROT_ bits."""
+        return cls(address, feature, Action.MAP, size, protection, b"", b"")
+
+    @property
+    def is_range(self) -> bool:
+        """Whether it is no place in code, but a range of pages that was unmapped or mapped."""
+        return self.action in RANGES
+
+    @property
+    def range_size(self) -> int:
+        """Of a range: its bytes. They are kept as the argument."""
+        return self.argument
+
+    @property
+    def protection(self) -> int:
+        """Of MAP: PROT_ bits. They are kept as the size."""
+        return self.size
 
     @property
     def end(self) -> int:

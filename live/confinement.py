@@ -89,8 +89,8 @@ def calls_of(patches: PatchSet) -> Iterator[Call]:
             elif site.action is Action.TERMINATE and site.argument != DIE_BY_SIGTRAP:
                 yield Call("exit_group", 231, (site.argument, 0, 0, 0))
     for part in parts:
-        for segment in part.add:
-            yield Call("mmap", 9, (None, None, segment.protection, _FLAGS, _NO_FILE, 0))
+        for memory in part.add:
+            yield Call("mmap", 9, (None, None, memory.protection, _FLAGS, _NO_FILE, 0))
         if part.fill:
             yield from _FILLING
         if part.unmap or part.drop:

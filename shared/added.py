@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
 
 from dynacut.handlers.table import Action, TableSite
-from dynacut.shared.holes import Hole
-from dynacut.shared.library.library import LibrarySegment
+from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.plan import PlannedMemory
 from dynacut.shared.target import PAGE_SIZE, Mapping, Target
 
@@ -36,14 +35,14 @@ class Added:
         return sum(bit for letter, bit in letters if letter != "-")
 
     @property
-    def segment(self) -> LibrarySegment:
+    def memory(self) -> NewMemory:
         """What a backend maps."""
-        return LibrarySegment(self.address, self.planned.size, self.protection, self.planned.contents)
+        return NewMemory(self.address, self.planned.size, self.protection, self.planned.contents)
 
     @property
     def entry(self) -> TableSite:
         """What the table says of it. Its contents are the plan's alone: the program may change them."""
-        return TableSite(self.address, self.planned.feature, Action.MAP, self.planned.size, self.protection, b"", b"")
+        return TableSite.mapped(self.address, self.planned.feature, self.planned.size, self.protection)
 
     def problem(self, target: Target) -> str | None:
         """Why it cannot lie there; None if it can."""
@@ -58,48 +57,41 @@ def is_mapped(target: Target, entry: TableSite) -> bool:
     """Whether memory that a table says was added is there."""
     position = entry.address
     for part in target.mappings:
-        if part.start <= position < part.end and position < entry.address + entry.argument:
-            if part.is_file or not part.private or _protection(part) != entry.size:
+        if part.start <= position < part.end and position < entry.address + entry.range_size:
+            if part.is_file or not part.private or _protection(part) != entry.protection:
                 return False
             position = part.end
-    return position >= entry.address + entry.argument
+    return position >= entry.address + entry.range_size
 
 
 def _protection(mapping: Mapping) -> int:
     return PROT_READ * mapping.readable | PROT_WRITE * mapping.writable | PROT_EXEC * mapping.executable
 
 
-def in_place(target: Target, sites: Iterable[TableSite]) -> tuple[Hole, ...]:
+def in_place(target: Target, sites: Iterable[TableSite]) -> tuple[PageRange, ...]:
     """The memory that some of a table's entries say was added, and that is there, to be unmapped."""
     return tuple(
-        hole_of(site.address, site.argument, site.size)
+        NewMemory(site.address, site.range_size, site.protection).pages
         for site in sites
         if site.action is Action.MAP and is_mapped(target, site)
     )
 
 
-def untouched(target: Target, segments: Iterable[LibrarySegment]) -> tuple[Hole, ...]:
-    """Those of some segments that are mapped just as they were written, to be unmapped: what else may have come to
+def untouched(target: Target, parts: Iterable[NewMemory]) -> tuple[PageRange, ...]:
+    """Those of some parts that are mapped just as they were written, to be unmapped: what else may have come to
     lie there meanwhile is the program's own.
     """
     found = []
-    for part in segments:
-        hole = hole_of(part.address, part.size, part.protection)
-        is_there = any(each.start <= part.address and hole.end <= each.end for each in target.mappings)
+    for part in parts:
+        pages = part.pages
+        is_there = any(each.start <= part.address and pages.end <= each.end for each in target.mappings)
         if is_there and target.read(part.address, part.size) == part.contents.ljust(part.size, b"\0"):
-            found.append(hole)
+            found.append(pages)
     return tuple(found)
 
 
-def hole_of(address: int, size: int, protection: int) -> Hole:
-    """Added memory as what a backend unmaps."""
-    readable, writable, executable = (bool(protection & bit) for bit in (PROT_READ, PROT_WRITE, PROT_EXEC))
-    end = address + size
-    return Hole(address, end, Mapping(address, end, readable, writable, executable, True, 0, "", 0))
-
-
-def code_in(target: Target, drop: Iterable[Hole]) -> Iterator[tuple[int, bytes]]:
+def code_in(target: Target, drop: Iterable[PageRange]) -> Iterator[tuple[int, bytes]]:
     """Memory that is to go and that threads may run in: its address and bytes."""
-    for hole in drop:
-        if hole.mapping.executable:
-            yield hole.start, target.read(hole.start, hole.end - hole.start)
+    for pages in drop:
+        if pages.mapping.executable:
+            yield pages.start, target.read(pages.start, pages.size)

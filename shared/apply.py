@@ -27,7 +27,7 @@ from dynacut.handlers.table import (
 from dynacut.shared.added import code_in, untouched
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.holes import Patched
-from dynacut.shared.library.library import Library, LibrarySegment
+from dynacut.shared.library.library import Library
 from dynacut.shared.masks import (
     block_threads_again,
     masked_again,
@@ -36,6 +36,7 @@ from dynacut.shared.masks import (
     unblock_threads,
     unmask_handlers,
 )
+from dynacut.shared.memory import NewMemory
 from dynacut.shared.occupancy import Occupancy
 from dynacut.shared.page_reader import PageReader
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
@@ -50,7 +51,7 @@ from dynacut.shared.region_writing import (
 )
 from dynacut.shared.rollback import standing_edits
 from dynacut.shared.signal_frames import NO_FRAMES, SignalFrames
-from dynacut.shared.stopped import Area, StoppedTarget, StoppedThread
+from dynacut.shared.stopped import StoppedTarget, StoppedThread
 from dynacut.shared.target import SIGTRAP, Target
 
 
@@ -71,8 +72,8 @@ def make_ready(target: StoppedTarget, patches: PatchSet) -> SignalFrames:
     INSTALL: handler, table and library are mapped, SIGTRAP is accepted and handled. Else: unmapped pages are back.
     """
     if patches.handler is not HandlerChange.INSTALL:
-        for hole in patches.fill:
-            target.map_file(hole)
+        for pages in patches.fill:
+            target.map_file(pages)
         return NO_FRAMES
     region, table, outgrown = prepare_region(target, patches, partial(_map_region, target))
     if patches.library is not None:
@@ -141,8 +142,8 @@ def conclude(target: StoppedTarget, patches: PatchSet) -> None:
 
     INSTALL: pages left empty are unmapped. KEEP: the table has its new contents. REMOVE: the handler is out of force.
     """
-    for hole in (*patches.unmap, *patches.drop):
-        target.unmap(hole)
+    for pages in (*patches.unmap, *patches.drop):
+        target.unmap(pages)
     if patches.handler is HandlerChange.KEEP:
         set_contents(target, patches)
     elif patches.handler is HandlerChange.REMOVE:
@@ -162,8 +163,8 @@ def retreat(target: StoppedTarget, patches: PatchSet) -> None:
     found = find_region(target)
     if found is None or found.table is None or patches.handler is not HandlerChange.INSTALL:
         return
-    for hole in untouched(target, patches.add):
-        target.unmap(hole)
+    for pages in untouched(target, patches.add):
+        target.unmap(pages)
     if patches.had_handler:
         put_contents_back(target, found, patches)
     else:
@@ -203,13 +204,8 @@ def _is_written(found: bytes, edit: ByteEdit, learned: bytes | None) -> bool:
 
 def _map_region(target: StoppedTarget, layout: Layout, taken: range) -> Region:
     region = choose_address(target, layout, taken)
-    target.map_anonymous(
-        [
-            Area(region.code, CODE_SIZE, PROT_READ | PROT_EXEC),
-            Area(region.table, layout.size, PROT_READ | PROT_WRITE),
-        ]
-    )
-    target.write(region.table, MAGIC)
+    code = NewMemory(region.code, CODE_SIZE, PROT_READ | PROT_EXEC)
+    _map(target, [code, NewMemory(region.table, layout.size, PROT_READ | PROT_WRITE, MAGIC)])
     return region
 
 
@@ -220,12 +216,13 @@ def _map_library(target: StoppedTarget, region: Region, library: Library) -> Non
     write_table(target, region, library.record.writes())
 
 
-def _map(target: StoppedTarget, segments: Sequence[LibrarySegment]) -> None:
+def _map(target: StoppedTarget, parts: Sequence[NewMemory]) -> None:
     """Maps memory and fills it."""
-    if segments:
-        target.map_anonymous([Area(part.address, part.size, part.protection) for part in segments])
-    for segment in segments:
-        target.write(segment.address, segment.contents)
+    if parts:
+        target.map_anonymous(parts)
+    for part in parts:
+        if part.contents:
+            target.write(part.address, part.contents)
 
 
 def _handle_traps(target: StoppedTarget, region: Region, table: Table) -> Table:

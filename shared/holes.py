@@ -9,31 +9,18 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dynacut.handlers.records import INT3
 from dynacut.handlers.table import Action, Table, TableSite
 from dynacut.shared.code import Code
+from dynacut.shared.memory import PageRange
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module, Target
 
 _PADDING = re.compile(
     rb"(?:\xcc|\x00|\x66*\x2e?(?:\x90|\x0f\x1f(?:\x00|\x40\x00|\x44\x00\x00|\x80\x00{4}|\x84\x00{5})))*"
 )
 """int3, zeros, and the no-operations of one to fifteen bytes that assemblers align by."""
-
-
-@dataclass(frozen=True)
-class Hole:
-    """Whole pages of a module's code; absolute addresses. mapping is what is, or was, mapped there."""
-
-    start: int
-    end: int
-    mapping: Mapping
-
-    @property
-    def file_offset(self) -> int:
-        """Where its bytes begin in the file."""
-        return self.mapping.file_offset + self.start - self.mapping.start
 
 
 def idle_pages(code: Code, removed: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -132,7 +119,7 @@ class Patched:
         ]
         return tuple(sorted([*mappings, *fillers], key=lambda mapping: mapping.start))
 
-    def holes_of(self, sites: Iterable[TableSite]) -> tuple[Hole, ...]:
+    def holes_of(self, sites: Iterable[TableSite]) -> tuple[PageRange, ...]:
         """The holes that some of the table's entries describe."""
         starts = {site.address for site in sites if site.action is Action.UNMAP}
         return tuple(hole for hole in self.holes if hole.start in starts)
@@ -158,19 +145,19 @@ class Patched:
         return data + self._target.read(address, end - address) if address < end else data
 
 
-def holes_to_make(target: Patched, sites: Iterable[TableSite]) -> tuple[Hole, ...]:
+def holes_to_make(target: Patched, sites: Iterable[TableSite]) -> tuple[PageRange, ...]:
     """The pages that some of a table's entries say are to be unmapped, and that are not."""
     missing = {hole.start for hole in target.holes}
     mappings = target.mappings
     starts = [mapping.start for mapping in mappings]
     return tuple(
-        Hole(site.address, site.address + site.argument, mappings[bisect_right(starts, site.address) - 1])
+        PageRange(site.address, site.address + site.range_size, mappings[bisect_right(starts, site.address) - 1])
         for site in sites
         if site.action is Action.UNMAP and site.address not in missing
     )
 
 
-def _holes(target: Target, table: Table) -> Iterator[Hole]:
+def _holes(target: Target, table: Table) -> Iterator[PageRange]:
     """Where the table says that pages are unmapped, and they are."""
     starts = [mapping.start for mapping in target.mappings]
     for site in table.sites:
@@ -181,7 +168,7 @@ def _holes(target: Target, table: Table) -> Iterator[Hole]:
             continue
         module = next((module for module in target.modules if module.base <= site.address < module.end), None)
         if module is not None:
-            yield Hole(site.address, site.address + site.argument, _text_mapping(module, site.address))
+            yield PageRange(site.address, site.address + site.range_size, _text_mapping(module, site.address))
 
 
 def _text_mapping(module: Module, address: int) -> Mapping:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from dynacut.handlers.table import NO_LIBRARY, Table, TableSite, UserLibrary
-from dynacut.shared.added import hole_of
-from dynacut.shared.holes import Hole
-from dynacut.shared.library.library import Library, LibrarySegment
+from dynacut.shared.library.library import Library
+from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.target import Target
 
 
@@ -58,13 +57,13 @@ class PatchSet:
     before_sites: tuple[TableSite, ...] = ()
     before_user: UserLibrary = NO_LIBRARY
     library: Library | None = None
-    unmap: tuple[Hole, ...] = ()
+    unmap: tuple[PageRange, ...] = ()
     """Pages to take away, after the edits."""
-    fill: tuple[Hole, ...] = ()
+    fill: tuple[PageRange, ...] = ()
     """Pages to map back, before the edits."""
-    add: tuple[LibrarySegment, ...] = ()
+    add: tuple[NewMemory, ...] = ()
     """Memory to map, before the edits."""
-    drop: tuple[Hole, ...] = ()
+    drop: tuple[PageRange, ...] = ()
     """Memory that was added before, to take away, after the edits."""
 
     @property
@@ -96,7 +95,7 @@ class PatchSet:
             edits=tuple(edit.inverse() for edit in self.edits),
             unmap=self.fill,
             fill=self.unmap,
-            drop=tuple(hole_of(part.address, part.size, part.protection) for part in self.add),
+            drop=tuple(part.pages for part in self.add),
             handler=handler,
             features=self.before_features,
             sites=self.before_sites,
@@ -106,7 +105,7 @@ class PatchSet:
         )
 
 
-def outside(edits: Iterable[ByteEdit], holes: Sequence[Hole]) -> tuple[ByteEdit, ...]:
+def outside(edits: Iterable[ByteEdit], holes: Sequence[PageRange]) -> tuple[ByteEdit, ...]:
     """What remains of edits where pages are mapped back from their file, and so have the old bytes again."""
     pieces = list(edits)
     for hole in holes:

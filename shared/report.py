@@ -158,10 +158,10 @@ def features_of(target: Target, table: Table | None, codes: CodeOf) -> tuple[Fea
     memory = SiteMemory(view)
     for site in table.sites:
         if site.action is Action.UNMAP:
-            unmapped[site.feature] += site.argument // PAGE_SIZE if site.address in holes else 0
+            unmapped[site.feature] += site.range_size // PAGE_SIZE if site.address in holes else 0
             continue
         if site.action is Action.MAP:
-            added[site.feature] += site.argument if is_mapped(target, site) else 0
+            added[site.feature] += site.range_size if is_mapped(target, site) else 0
             continue
         found = memory.found(site)
         by_feature[site.feature].append(

@@ -56,7 +56,7 @@ def disable(
     resolver.check_destinations(sites)
     if resolver.misfits:
         raise _misfitting(target, resolver)
-    if sum(site.action in (Action.UNMAP, Action.MAP) for site in sites) > MAX_RANGES:
+    if sum(site.is_range for site in sites) > MAX_RANGES:
         raise DynacutError(f"the plan takes away or adds more than {MAX_RANGES} runs of pages", "use scope block")
     edits = tuple(_edits(target, [site for site in sites if site.feature in replaced]))
     features = (*known_features, *(name for name in plan.feature_names if name not in known_features))
@@ -71,7 +71,7 @@ def disable(
         user_of(table),
         _new(library, table),
         unmap=holes_to_make(target, [site for site in sites if site.feature in replaced]),
-        add=tuple(part.segment for part in added if not is_mapped(target, part.entry)),
+        add=tuple(part.memory for part in added if not is_mapped(target, part.entry)),
     )
 
 

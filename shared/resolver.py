@@ -98,7 +98,7 @@ class Resolver:
             for page in range(start, end, PAGE_SIZE)
             if (old := place.code.elf.read(page - place.code.module.base, PAGE_SIZE))
         ]
-        return [TableSite(start, removal.feature, Action.UNMAP, removal.size, 0, b"", b""), *pages]
+        return [TableSite.unmapped(start, removal.feature, removal.size), *pages]
 
     def added(self) -> list[Added]:
         """The memory that the plan adds, with its place found; what is there already is left out of problems."""
@@ -135,7 +135,7 @@ class Resolver:
                 for start, end in idle_pages(code, blocks):
                     address = code.module.base + start
                     if self._holds_files_bytes(code, start, end):
-                        found.append(TableSite(address, feature.name, Action.UNMAP, end - start, 0, b"", b""))
+                        found.append(TableSite.unmapped(address, feature.name, end - start))
         return found
 
     def _holds_files_bytes(self, code: Code, start: int, end: int) -> bool:

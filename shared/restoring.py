@@ -47,7 +47,7 @@ class SiteMemory:
 
     def has_pages(self, removal: TableSite) -> bool:
         """Whether pages that an entry takes away are those of a file."""
-        parts = self.parts(removal.address, removal.argument)
+        parts = self.parts(removal.address, removal.range_size)
         return bool(parts) and all(part.is_file and part.executable for part in parts)
 
     def found(self, site: TableSite) -> bytes | None:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from dynacut.handlers.table import KernelAction
-from dynacut.shared.holes import Hole
+from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.target import Writable
-
-
-class Area(NamedTuple):
-    """Memory to map: absolute address, bytes, and PROT_ flags as in mmap(2)."""
-
-    start: int
-    size: int
-    protection: int
 
 
 class StoppedThread(Protocol):
@@ -49,13 +41,13 @@ class StoppedTarget(Writable, Protocol):
     def threads(self) -> Sequence[StoppedThread]:
         """Every thread."""
 
-    def map_anonymous(self, areas: Sequence[Area]) -> None:
-        """Maps fresh private memory at just these places; DynacutError if they are not free."""
+    def map_anonymous(self, parts: Sequence[NewMemory]) -> None:
+        """Maps memory at just these places, zeros in it for now; DynacutError if they are not free."""
 
-    def map_file(self, hole: Hole) -> None:
+    def map_file(self, pages: PageRange) -> None:
         """Maps unmapped pages of a file back; DynacutError if that is not possible."""
 
-    def unmap(self, hole: Hole) -> None:
+    def unmap(self, pages: PageRange) -> None:
         """Unmaps pages."""
 
     def caught_signals(self) -> list[int]:

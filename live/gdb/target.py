@@ -19,9 +19,8 @@ from dynacut.live.ptrace.slots import Slot, take_slot
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.stub import Stub
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.holes import Hole
+from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.region import Region, find_region
-from dynacut.shared.stopped import Area
 from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT, Mapping
 
 _SYS_MMAP, _SYS_MUNMAP, _SYS_RT_SIGACTION, _SYS_RT_SIGPROCMASK = 9, 11, 13, 14
@@ -31,7 +30,7 @@ _SIGSET_SIZE = 8
 _ACTION_SIZE = 32
 _SCRATCH_SIZE = 64 * _ACTION_SIZE
 _ACTIONS_PER_SHOT = 16
-_AREAS_PER_SHOT = 8
+_RANGES_PER_SHOT = 8
 _THREADS_AT_ONCE = min(SLOT_COUNT // 2, _SCRATCH_SIZE // _SIGSET_SIZE)
 
 
@@ -77,44 +76,44 @@ class GdbTarget(Held):
         """When the process started, in clock ticks since boot."""
         return self.start_time(self.process.pid)
 
-    def map_anonymous(self, areas: Sequence[Area]) -> None:
-        """Maps fresh private memory at just these places; DynacutError if the process does not get it."""
+    def map_anonymous(self, parts: Sequence[NewMemory]) -> None:
+        """Maps memory at just these places, zeros in it for now; DynacutError if the process does not get it."""
         flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
-        for first in range(0, len(areas), _AREAS_PER_SHOT):
-            batch = areas[first : first + _AREAS_PER_SHOT]
+        for first in range(0, len(parts), _RANGES_PER_SHOT):
+            batch = parts[first : first + _RANGES_PER_SHOT]
             stub = Stub()
-            for area in batch:
-                stub.syscall(_SYS_MMAP, area.start, area.size, area.protection, flags, -1, 0)
-            self._map(stub, [(area.start, area.start + area.size) for area in batch])
+            for part in batch:
+                stub.syscall(_SYS_MMAP, part.address, part.size, part.protection, flags, -1, 0)
+            self._map(stub, [(part.address, part.address + part.size) for part in batch])
 
-    def map_file(self, hole: Hole) -> None:
+    def map_file(self, pages: PageRange) -> None:
         """Maps unmapped pages of a file back; DynacutError if they are not those of the same file."""
-        path = os.fsencode(hole.mapping.path) + b"\0"
+        path = os.fsencode(pages.mapping.path) + b"\0"
         if len(path) > _SCRATCH_SIZE:
-            raise DynacutError(f"{hole.mapping.path}: the name is too long", status=ExitStatus.CHECK_FAILED)
+            raise DynacutError(f"{pages.mapping.path}: the name is too long", status=ExitStatus.CHECK_FAILED)
         name = self._region().table + INPUT_OFFSET
         self.write(name, path)
         stub = Stub()
         flags = MAP_PRIVATE | _MAP_FIXED_NOREPLACE
-        stub.map_opened(name, hole.start, hole.end - hole.start, PROT_READ | PROT_EXEC, flags, hole.file_offset)
+        stub.map_opened(name, pages.start, pages.size, PROT_READ | PROT_EXEC, flags, pages.file_offset)
         self._run(stub)
         self.write(name, bytes(len(path)))
-        new = self._mapping_at(hole.start)
-        if new is None or new.inode != hole.mapping.inode:
+        new = self._mapping_at(pages.start)
+        if new is None or new.inode != pages.mapping.inode:
             raise DynacutError(
-                f"{self.label} could not map {hole.mapping.path} at {hole.start:#x} again",
+                f"{self.label} could not map {pages.mapping.path} at {pages.start:#x} again",
                 "the file was replaced, or the process may not read it: only a restart brings the pages back",
                 status=ExitStatus.CHECK_FAILED,
             )
 
-    def unmap(self, hole: Hole) -> None:
+    def unmap(self, pages: PageRange) -> None:
         """Unmaps pages; DynacutError if they do not go."""
         stub = Stub()
-        stub.syscall(_SYS_MUNMAP, hole.start, hole.end - hole.start)
+        stub.syscall(_SYS_MUNMAP, pages.start, pages.size)
         self._run(stub)
-        if self._mapping_at(hole.start) is not None:
+        if self._mapping_at(pages.start) is not None:
             raise DynacutError(
-                f"{self.label} could not unmap the pages at {hole.start:#x}",
+                f"{self.label} could not unmap the pages at {pages.start:#x}",
                 "all blocks are disabled nevertheless; the limit of mappings (vm.max_map_count) may be reached",
                 status=ExitStatus.CHECK_FAILED,
             )

@@ -137,9 +137,9 @@ class Patcher:
         try:
             if patches.library is not None:
                 if not patches.library.is_mapped:
-                    self._remote.map_segments(region, patches.library.segments)
+                    self._remote.map_memory(region, patches.library.segments)
                 write_table(self.process, region, patches.library.record.writes())
-            self._remote.map_segments(region, patches.add)
+            self._remote.map_memory(region, patches.add)
             restorers = self._install(region, table)
             if outgrown is not None:
                 retire(self.process, outgrown)

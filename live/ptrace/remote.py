@@ -14,8 +14,7 @@ from dynacut.live.ptrace.stub import Stub
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.holes import Hole
-from dynacut.shared.library.library import LibrarySegment
+from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.region import Region, choose_address
 from dynacut.shared.target import SIGTRAP
 
@@ -29,7 +28,7 @@ _SIGSET_SIZE = 8
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
 _ACTION_SIZE = 32
 _ACTIONS_PER_SHOT = 16
-_SEGMENTS_PER_SHOT = 8
+_RANGES_PER_SHOT = 8
 
 
 class Remote:
@@ -78,7 +77,7 @@ class Remote:
         process.refresh()
         return region
 
-    def map_segments(self, region: Region, segments: Sequence[LibrarySegment]) -> None:
+    def map_memory(self, region: Region, parts: Sequence[NewMemory]) -> None:
         """Maps memory, such as a library's segments, and fills it.
 
         Raises:
@@ -86,42 +85,42 @@ class Remote:
         """
         process = self._process
         flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
-        for first in range(0, len(segments), _SEGMENTS_PER_SHOT):
+        for first in range(0, len(parts), _RANGES_PER_SHOT):
             stub = Stub()
-            for segment in segments[first : first + _SEGMENTS_PER_SHOT]:
-                stub.syscall(_SYS_MMAP, segment.address, segment.size, segment.protection, flags, -1, 0)
-                stub.require(segment.address)
+            for part in parts[first : first + _RANGES_PER_SHOT]:
+                stub.syscall(_SYS_MMAP, part.address, part.size, part.protection, flags, -1, 0)
+                stub.require(part.address)
             if not self._shots.run(stub, region):
                 raise NeedsCheckpointError(
-                    f"{process.label} could not map memory at {segments[0].address:#x}",
+                    f"{process.label} could not map memory at {parts[0].address:#x}",
                     "look at its limits of memory (prlimit --as, cgroup)",
                 )
-        if segments:
+        if parts:
             process.refresh()
-        for segment in segments:
-            process.write(segment.address, segment.contents)
+        for part in parts:
+            process.write(part.address, part.contents)
 
-    def unmap(self, region: Region, holes: Sequence[Hole]) -> None:
+    def unmap(self, region: Region, ranges: Sequence[PageRange]) -> None:
         """Unmaps pages, in which no thread is nor will be any more.
 
         Raises:
             DynacutError: not all are gone; what stays mapped stays as it is.
         """
-        for first in range(0, len(holes), _SEGMENTS_PER_SHOT):
+        for first in range(0, len(ranges), _RANGES_PER_SHOT):
             stub = Stub()
-            for hole in holes[first : first + _SEGMENTS_PER_SHOT]:
-                stub.syscall(_SYS_MUNMAP, hole.start, hole.end - hole.start)
+            for pages in ranges[first : first + _RANGES_PER_SHOT]:
+                stub.syscall(_SYS_MUNMAP, pages.start, pages.size)
                 stub.require(0)
             if not self._shots.run(stub, region):
                 raise DynacutError(
-                    f"{self._process.label} could not unmap all of {len(holes)} runs of pages",
+                    f"{self._process.label} could not unmap all of {len(ranges)} runs of pages",
                     "all blocks are disabled nevertheless; the limit of mappings (vm.max_map_count) may be reached",
                     status=ExitStatus.CHECK_FAILED,
                 )
-        if holes:
+        if ranges:
             self._process.refresh()
 
-    def map_files(self, region: Region, holes: Sequence[Hole]) -> None:
+    def map_files(self, region: Region, ranges: Sequence[PageRange]) -> None:
         """Maps unmapped pages of files back, and verifies that they are those of the same file.
 
         Where another file has taken its name since, as after an upgrade, the pages are copies of what is still mapped.
@@ -129,49 +128,49 @@ class Remote:
         Raises:
             DynacutError: they cannot be had; what could be mapped is mapped, nothing of another file.
         """
-        for hole in holes:
-            if not self._map_by_name(region, hole) and not self._map_copy(region, hole):
+        for pages in ranges:
+            if not self._map_by_name(region, pages) and not self._map_copy(region, pages):
                 raise DynacutError(
-                    f"{self._process.label} could not map {hole.mapping.path} at {hole.start:#x} again",
+                    f"{self._process.label} could not map {pages.mapping.path} at {pages.start:#x} again",
                     "the file was replaced, or the process may not read it: only a restart brings the pages back",
                     status=ExitStatus.CHECK_FAILED,
                 )
 
-    def _map_by_name(self, region: Region, hole: Hole) -> bool:
+    def _map_by_name(self, region: Region, pages: PageRange) -> bool:
         """Maps unmapped pages from what has their file's name; whether it is that file. Else nothing is mapped."""
         process = self._process
-        path = os.fsencode(hole.mapping.path) + b"\0"
+        path = os.fsencode(pages.mapping.path) + b"\0"
         if path.endswith(b" (deleted)\0") or len(path) > _MAX_PATH:
             return False
         name = region.table + INPUT_OFFSET
         process.write(name, path)
         stub = Stub()
-        size, flags = hole.end - hole.start, MAP_PRIVATE | _MAP_FIXED_NOREPLACE
-        stub.map_opened(name, hole.start, size, PROT_READ | PROT_EXEC, flags, hole.file_offset)
+        size, flags = pages.size, MAP_PRIVATE | _MAP_FIXED_NOREPLACE
+        stub.map_opened(name, pages.start, size, PROT_READ | PROT_EXEC, flags, pages.file_offset)
         done = self._shots.run(stub, region)
         process.write(name, bytes(len(path)))
         process.refresh()
-        new = next((part for part in process.mappings if part.start <= hole.start < part.end), None)
-        if done and new is not None and new.inode == hole.mapping.inode:
+        new = next((part for part in process.mappings if part.start <= pages.start < part.end), None)
+        if done and new is not None and new.inode == pages.mapping.inode:
             return True
         if done and new is not None:
-            self.unmap(region, [hole])
+            self.unmap(region, [pages])
         return False
 
-    def _map_copy(self, region: Region, hole: Hole) -> bool:
+    def _map_copy(self, region: Region, pages: PageRange) -> bool:
         """Maps a copy of unmapped pages, from their file as its other pages still hold it; whether it can be read."""
         modules = self._process.modules
         for module in modules:
-            part = next((part for part in module.mappings if part.inode == hole.mapping.inode), None)
-            if part is None or not module.base <= hole.start < module.end:
+            part = next((part for part in module.mappings if part.inode == pages.mapping.inode), None)
+            if part is None or not module.base <= pages.start < module.end:
                 continue
             try:
                 data = ElfFile.open(module.file).data
             except DynacutError:
                 return False
-            contents = bytes(data[hole.file_offset : hole.file_offset + hole.end - hole.start])
+            contents = bytes(data[pages.file_offset : pages.file_offset + pages.size])
             protection = PROT_READ | PROT_EXEC
-            self.map_segments(region, [LibrarySegment(hole.start, hole.end - hole.start, protection, contents)])
+            self.map_memory(region, [NewMemory(pages.start, pages.size, protection, contents)])
             return True
         return False
 

@@ -15,9 +15,8 @@ from dynacut.offline.images.schema import Message, MmEntry
 from dynacut.offline.images.tree import CORE_MAGIC, read_core
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.holes import Hole
+from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.modules import called_name, modules_of
-from dynacut.shared.stopped import Area
 from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT, Mapping, Module
 
 MM_MAGIC = 0x57492820
@@ -218,18 +217,18 @@ class ImageProcess:
         """Changes bytes; DynacutError if they are not all in private memory."""
         self.memory.write(address, data)
 
-    def map_anonymous(self, areas: Sequence[Area]) -> None:
-        """Maps fresh private memory; DynacutError if a place is not free."""
-        for area in areas:
-            self.memory.map_anonymous(*area)
+    def map_anonymous(self, parts: Sequence[NewMemory]) -> None:
+        """Maps memory, zeros in it for now; DynacutError if a place is not free."""
+        for part in parts:
+            self.memory.map_anonymous(part.address, part.size, part.protection)
 
-    def map_file(self, hole: Hole) -> None:
+    def map_file(self, pages: PageRange) -> None:
         """Maps unmapped pages of a file back."""
-        self.memory.map_file(hole.start, hole.end, hole.mapping)
+        self.memory.map_file(pages.start, pages.end, pages.mapping)
 
-    def unmap(self, hole: Hole) -> None:
+    def unmap(self, pages: PageRange) -> None:
         """Unmaps pages."""
-        self.memory.unmap(hole.start, hole.end)
+        self.memory.unmap(pages.start, pages.end)
 
     def action(self, signal: int) -> KernelAction:
         """What is done upon a signal, SIGKILL and SIGSTOP apart."""

@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from mmap import PROT_WRITE
 
 from dynacut.handlers.table import UserLibrary
+from dynacut.shared.memory import NewMemory
 from dynacut.shared.target import PAGE_SIZE
-
-
-@dataclass(frozen=True)
-class LibrarySegment:
-    """A range of whole pages. address: absolute; size: in bytes; protection: PROT_ bits, as of mmap(2)."""
-
-    address: int
-    size: int
-    protection: int
-    contents: bytes
-    """What it begins with; zeros follow."""
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether the library may change it."""
-        return bool(self.protection & PROT_WRITE)
 
 
 @dataclass(frozen=True)
@@ -31,7 +15,7 @@ class Library:
 
     record: UserLibrary
     """What the table says of it once it is in force."""
-    segments: tuple[LibrarySegment, ...]
+    segments: tuple[NewMemory, ...]
     is_mapped: bool
     """Whether its segments are in the target already."""
     bound_to: tuple[int, ...]

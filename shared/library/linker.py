@@ -16,8 +16,8 @@ from dynacut.shared.binary.dynamic import Dynamic, DynamicSymbol, Rela, Relocati
 from dynacut.shared.binary.elf import PAGE_SIZE, Segment
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.library.library import LibrarySegment
 from dynacut.shared.library.link_scope import LinkScope
+from dynacut.shared.memory import NewMemory
 from dynacut.shared.target import Target
 
 _PT_GNU_RELRO = 0x6474E552
@@ -65,7 +65,7 @@ class Linker:
         """The load bases of the target's modules that the library holds addresses of, once it is linked."""
         return tuple(sorted(self._bound))
 
-    def linked(self, start: int) -> tuple[LibrarySegment, ...]:
+    def linked(self, start: int) -> tuple[NewMemory, ...]:
         """The library's memory for a place, ascending by address. start: absolute, a multiple of the page size.
 
         Raises:
@@ -163,7 +163,7 @@ class Linker:
         near = self._scope.near(symbol.name)
         return f"{problem}; near matches: {', '.join(near)}" if near else problem
 
-    def _segments(self, image: _Image) -> Iterator[LibrarySegment]:
+    def _segments(self, image: _Image) -> Iterator[NewMemory]:
         """The memory in whole pages, that of PT_GNU_RELRO read-only: it needs no change any more."""
         relro = self._dynamic.elf.program_header(_PT_GNU_RELRO)
         sealed = 0 if relro is None else page(relro.address + relro.memory_size - self._dynamic.elf.link_base)
@@ -175,17 +175,17 @@ class Linker:
                 middle = min(max(first, sealed), end)
                 if first < middle:
                     size = middle - first
-                    yield LibrarySegment(image.start + first, size, protection, contents[:size])
+                    yield NewMemory(image.start + first, size, protection, contents[:size])
                 first, contents = middle, contents[middle - first :]
             if segment.writable:
                 protection |= PROT_WRITE
             if first < end:
-                yield LibrarySegment(image.start + first, end - first, protection, contents)
+                yield NewMemory(image.start + first, end - first, protection, contents)
 
 
-def _joined(segments: Iterable[LibrarySegment]) -> Iterator[LibrarySegment]:
+def _joined(segments: Iterable[NewMemory]) -> Iterator[NewMemory]:
     """Neighbours of the same protection made one, as the kernel would."""
-    last: LibrarySegment | None = None
+    last: NewMemory | None = None
     for segment in segments:
         if last and last.address + last.size == segment.address and last.protection == segment.protection:
             contents = last.contents.ljust(last.size, b"\0") + segment.contents

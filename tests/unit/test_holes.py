@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from test_sites import MemoryTarget, new_target
 
-from dynacut.handlers.table import Action, Layout, Table, TableSite
+from dynacut.handlers.table import Layout, Table, TableSite
 from dynacut.shared.code import Code
-from dynacut.shared.holes import Hole, Patched, idle_pages
+from dynacut.shared.holes import Patched, idle_pages
+from dynacut.shared.memory import PageRange
 from dynacut.shared.patch_set import ByteEdit, outside
 from dynacut.shared.target import PAGE_SIZE, Mapping, Module
 
@@ -73,7 +74,7 @@ def test_nothing_removed_nothing_idle(code: Code) -> None:
 
 def test_edits_outside_of_holes_remain() -> None:
     mapping = Mapping(0x1000, 0x9000, True, False, True, True, 0, "/bin/x", 1)
-    holes = [Hole(0x2000, 0x3000, mapping), Hole(0x4000, 0x5000, mapping)]
+    holes = [PageRange(0x2000, 0x3000, mapping), PageRange(0x4000, 0x5000, mapping)]
     edits = [ByteEdit(0x1FFE, b"abcd", b"ABCD"), ByteEdit(0x2100, b"x", b"X"), ByteEdit(0x4FFF, b"yz", b"YZ")]
     assert outside(edits, holes) == (ByteEdit(0x1FFE, b"ab", b"AB"), ByteEdit(0x5000, b"z", b"Z"))
     assert outside(edits, []) == tuple(edits)
@@ -82,7 +83,7 @@ def test_edits_outside_of_holes_remain() -> None:
 def test_a_hole_reads_as_int3_bytes() -> None:
     target = new_target()
     mapping = next(part for part in target.mappings if part.executable and part.is_file)
-    hole = Hole(mapping.start, mapping.start + PAGE_SIZE, mapping)
+    hole = PageRange(mapping.start, mapping.start + PAGE_SIZE, mapping)
     view = Patched(with_hole(target, hole), table_with(hole))
     assert [(one.start, one.end) for one in view.holes] == [(hole.start, hole.end)]
     assert view.read(hole.start, 16) == b"\xcc" * 16
@@ -91,7 +92,7 @@ def test_a_hole_reads_as_int3_bytes() -> None:
     assert Patched(target, table_with(hole)).holes == ()
 
 
-def with_hole(target: MemoryTarget, hole: Hole) -> MemoryTarget:
+def with_hole(target: MemoryTarget, hole: PageRange) -> MemoryTarget:
     """The target without the mapping that a hole is the beginning of."""
     holed = new_target()
     holed.modules = [
@@ -101,9 +102,9 @@ def with_hole(target: MemoryTarget, hole: Hole) -> MemoryTarget:
     return holed
 
 
-def table_with(hole: Hole) -> Table:
+def table_with(hole: PageRange) -> Table:
     """A table that says that the pages are unmapped."""
-    site = TableSite(hole.start, "one", Action.UNMAP, hole.end - hole.start, 0, b"", b"")
+    site = TableSite.unmapped(hole.start, "one", hole.size)
     empty = Table.empty(Layout.of_capacities(64, 4096))
     memory = bytearray(empty.layout.total_size)
     for write in [*empty.update(["one"], [site]), replace(empty, generation=1).header()]:

@@ -16,7 +16,8 @@ from test_table import Memory
 from dynacut.handlers.table import Action, KernelAction, Layout, Table, TableSite, UserLibrary
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
-from dynacut.shared.library.library import Library, LibrarySegment
+from dynacut.shared.library.library import Library
+from dynacut.shared.memory import NewMemory
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP, OnHit
 from dynacut.shared.patch_set import ByteEdit, HandlerChange, PatchSet
 from dynacut.shared.plan import Plan, PlannedEdit, PlannedFeature, PlannedModule, PlannedSite, Scope
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not inst
 
 LIBRARY = Library(
     UserLibrary(KernelAction(0x1_0010), 0x1_0000, bytes(32), "/srv/handler.so"),
-    (LibrarySegment(0x1_0000, PAGE_SIZE, 5, b""),),
+    (NewMemory(0x1_0000, PAGE_SIZE, 5, b""),),
     is_mapped=False,
     bound_to=(),
 )
