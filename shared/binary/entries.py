@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dynacut.shared.binary.eh_frame import Cie, Reader, eh_frame, fdes
 from dynacut.shared.binary.elf import ElfFile
-from dynacut.shared.binary.functions import Cie, Reader, eh_frame, fdes
 from dynacut.shared.errors import DynacutError
 
 _RSP, _RETURN_ADDRESS = 7, 16  # System V ABI for x86-64, figure 3.36
