@@ -17,7 +17,8 @@ from dynacut.shared.errors import ExitStatus, printable
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from dynacut.shared.coverage.picture import DrawnModule, Phase, Picture, Share
+    from dynacut.shared.coverage.painter import Phase
+    from dynacut.shared.coverage.picture import DrawnModule, Picture, Share
 
 _SUFFIX = ".drcov"
 _WIDTH = 100  # of strips that go to a file or a pipe
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
     Raises:
         DynacutError: a log cannot be read or drawn, or the page cannot be written.
     """
-    from dynacut.shared.coverage.picture import picture_of
+    from dynacut.shared.coverage.painter import picture_of
 
     with Steps(shown=not arguments.quiet) as steps:
         steps.tell("finding blocks")
@@ -88,7 +89,7 @@ def phase_and_path(text: str) -> tuple[str, Path]:
 
 def _phase(text: str) -> Phase:
     from dynacut.shared.coverage.drcov import read_log
-    from dynacut.shared.coverage.picture import Phase
+    from dynacut.shared.coverage.painter import Phase
 
     name, path = phase_and_path(text)
     log = read_log(path)

@@ -14,7 +14,7 @@ from dynacut.shared.proc import is_alive
 if TYPE_CHECKING:
     from dynacut.jobs.trim.steps import Trim
     from dynacut.shared.coverage.coverage import Coverage
-    from dynacut.shared.coverage.picture import Phase
+    from dynacut.shared.coverage.painter import Phase
 
 
 def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     from dynacut.jobs.trim import outcome
     from dynacut.shared.coverage.drcov import read_union
     from dynacut.shared.coverage.keep import planned_code
-    from dynacut.shared.coverage.picture import picture_of
+    from dynacut.shared.coverage.painter import picture_of
     from dynacut.shared.coverage.startup import startup_code
     from dynacut.shared.on_hit import OnHit
     from dynacut.shared.plan_file import load
@@ -76,7 +76,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
 
 def _phases(init: Coverage, serving: Coverage, removed: Coverage) -> list[Phase]:
     """What the picture shows of start-up and service."""
-    from dynacut.shared.coverage.picture import Phase
+    from dynacut.shared.coverage.painter import Phase
 
     return [
         Phase("kept start-up", init.difference(removed)),

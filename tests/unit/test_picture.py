@@ -21,10 +21,11 @@ from dynacut.cli.main import main
 from dynacut.cli.picture import page_of, phase_and_path
 from dynacut.shared.binary.elf import PAGE_SIZE
 from dynacut.shared.code import code_of_file
-from dynacut.shared.coverage import picture as picture_module
+from dynacut.shared.coverage import painter as painter_module
 from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule
 from dynacut.shared.coverage.drcov import write
-from dynacut.shared.coverage.picture import CODE, PHASE_LIMIT, DrawnModule, Phase, Picture, phase_bit, picture_of
+from dynacut.shared.coverage.painter import PHASE_LIMIT, Phase, picture_of
+from dynacut.shared.coverage.picture import CODE, DrawnModule, Picture, phase_bit
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 Capture = pytest.CaptureFixture[str]
@@ -211,7 +212,7 @@ def test_nothing_to_draw_is_refused() -> None:
 
 @pytest.mark.parametrize("blocks", [{0: 5 * PAGE_SIZE}, {index * PAGE_SIZE: 1 for index in range(5)}])
 def test_too_many_pages_are_refused(blocks: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_module, "PAGE_LIMIT", 4)
+    monkeypatch.setattr(painter_module, "PAGE_LIMIT", 4)
     with pytest.raises(DynacutError, match="more than 4 pages"):
         picture_of([phase("x", "/no/a", blocks)])
 
