@@ -11,7 +11,7 @@ from dynacut.shared.binary.blocks import BlockMap
 from dynacut.shared.binary.cache_folder import cache_folder
 from dynacut.shared.binary.elf import ElfFile
 
-VERSION = 2
+VERSION = 3
 """To be raised whenever the format changes, or BlockMap.of finds other blocks than it did before."""
 
 _HEADER = struct.Struct("<QQQ")  # base, bytes of the bitmap, number of blocks

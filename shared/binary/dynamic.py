@@ -253,7 +253,13 @@ class Dynamic:
         Raises:
             DynacutError: a table lies outside the file, or is of another kind.
         """
-        dynamic, base = self.elf.dynamic, self.elf.link_base
+        base = self.elf.link_base
+        for place, info, addend in self._relocation_records():
+            yield Relocation(place - base, info & 0xFFFFFFFF, info >> 32, addend)
+
+    def _relocation_records(self) -> Iterator[tuple[int, int, int]]:
+        """Those of relocations(): place as linked, type and symbol, addend."""
+        dynamic = self.elf.dynamic
         tables = [(dynamic.get(_DT_RELA), dynamic.get(_DT_RELASZ, 0))]
         if _DT_JMPREL in dynamic:
             if dynamic.get(_DT_PLTREL) != _DT_RELA:
@@ -262,8 +268,30 @@ class Dynamic:
         for address, size in tables:
             if address is None or not size:
                 continue
-            for place, info, addend in _RELA.iter_unpack(self._view(address, size - size % _RELA.size)):
-                yield Relocation(place - base, info & 0xFFFFFFFF, info >> 32, addend)
+            yield from _RELA.iter_unpack(self._view(address, size - size % _RELA.size))
+
+    def own_addresses(self) -> Iterator[tuple[int, int, bool]]:
+        """The words that relocations make addresses in this module itself: place and address, as module offsets.
+
+        And whether the address is that of a function that will tell what the word becomes (IFUNC). Left out is what
+        another module may define instead: the words of GLOB_DAT and JUMP_SLOT.
+
+        Raises:
+            DynacutError: a table lies outside the file, or is of another kind.
+        """
+        base = self.elf.link_base
+        names = self.elf.dynamic.get(_DT_SYMTAB)
+        for place, info, addend in self._relocation_records():
+            kind = info & 0xFFFFFFFF
+            if kind in (Rela.RELATIVE, Rela.IRELATIVE):
+                yield place - base, addend - base, kind == Rela.IRELATIVE
+            elif kind == Rela.ABSOLUTE and names is not None:
+                entry = self._view(names + _SYMBOL.size * (info >> 32), _SYMBOL.size)
+                _, _, _, section, value, _ = _SYMBOL.unpack(entry)
+                if section != _SHN_UNDEF:
+                    yield place - base, value + addend - base, False
+        for place in self.packed_places():
+            yield place, int.from_bytes(self.elf.view(place, 8), "little") - base, False
 
     def packed_places(self) -> Iterator[int]:
         """The module offsets of the words that DT_RELR says to add the load base to.

@@ -1,15 +1,13 @@
 """Pointers to functions in a module's data, and the tables of equal records they are in.
 
 Such as redis's commands: records of 216 bytes with the command's name and its function. A table is found from the
-relocations alone: function pointers at equal distances. Relocations: the x86-64 psABI; DT_RELR: the generic ABI.
+relocations alone: function pointers at equal distances.
 """
 
 from __future__ import annotations
 
 import re
-import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,10 +19,6 @@ MAX_RECORD = 1024
 _GAP = 8
 """So many records in a row may lack the function, if they have the other pointers."""
 
-_RELA = struct.Struct("<QQq")
-_SYMBOL_VALUE = struct.Struct("<IBBHQ")
-_DT_SYMTAB, _DT_RELA, _DT_RELASZ = 6, 7, 8
-_R_64, _R_RELATIVE = 1, 8
 _WORD = re.compile(r"[A-Za-z_][\w.|:/-]{0,63}")
 
 
@@ -58,7 +52,7 @@ class PointerTables:
         read-only data that is the address of a loaded byte counts.
         """
         elf = self._elf
-        found = dict(_relocations(elf))
+        found = {place: address for place, address, is_resolver in Dynamic(elf).own_addresses() if not is_resolver}
         if elf.is_fixed:
             low, high = elf.link_base, elf.link_base + max(s.offset + s.memory_size for s in elf.segments)
             for segment in (segment for segment in elf.segments if not segment.executable):
@@ -182,21 +176,3 @@ class PointerTables:
         if not end or not data or any((byte < 0x20 and byte not in b"\r\n\t") or byte > 0x7E for byte in data):
             return None
         return data.decode("ascii")
-
-
-def _relocations(elf: ElfFile) -> Iterator[tuple[int, int]]:
-    """Yield place and value, as module offsets, of the words that relocations make addresses in this module."""
-    base = elf.link_base
-    table, size = elf.dynamic.get(_DT_RELA), elf.dynamic.get(_DT_RELASZ, 0)
-    names = elf.dynamic.get(_DT_SYMTAB)
-    if table is not None and size:
-        for place, info, addend in _RELA.iter_unpack(elf.view(table - base, size - size % _RELA.size)):
-            kind = info & 0xFFFF_FFFF
-            if kind == _R_RELATIVE:
-                yield place - base, addend - base
-            elif kind == _R_64 and names is not None:
-                _, _, _, section, value = _SYMBOL_VALUE.unpack_from(elf.view(names - base + 24 * (info >> 32), 24))
-                if section:
-                    yield place - base, value + addend - base
-    for place in Dynamic(elf).packed_places():
-        yield place, int.from_bytes(elf.view(place, 8), "little") - base
