@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
+from dynacut.shared.binary.branches import BranchKind, branch_kind, without_prefixes
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.binary.functions import FunctionRange
 from dynacut.shared.errors import DynacutError
@@ -21,8 +22,7 @@ SPAN_LIMIT = 1 << 26
 """The most bytes from a module's first function to its last one, in addition to four times the file's size."""
 MAX_INSTRUCTION = 15
 
-_PLAIN, _COND, _CALL, _JUMP, _END, _LEA, _MOVSXD = range(7)
-_ENDS = ("ret", "iret", "sysret", "sysexit", "ud", "hlt", "int3", "int1", "ljmp", "rsm")
+_PLAIN, _JUMP, _OTHER_BRANCH, _LEA, _MOVSXD = range(5)
 
 
 class Instruction(NamedTuple):
@@ -35,24 +35,16 @@ class Instruction(NamedTuple):
 
 
 class _Kinds(dict[str, int]):
-    """What each mnemonic does to control; capstone's may have prefixes before them (notrack, bnd, rep)."""
+    """What each mnemonic means to a sweep; numbers, as it asks a hundred thousand times."""
 
     def __missing__(self, mnemonic: str) -> int:
-        words = mnemonic.split()
-        word = words[-1] if words else ""
-        kind = _PLAIN
+        word = without_prefixes(mnemonic)
         if word == "lea":
             kind = _LEA
         elif word in ("movsxd", "movslq"):
             kind = _MOVSXD
-        elif word == "jmp":
-            kind = _JUMP
-        elif word in ("call", "lcall"):
-            kind = _CALL
-        elif word.startswith(_ENDS):
-            kind = _END
-        elif word.startswith(("j", "loop")) or word == "xbegin":
-            kind = _COND
+        else:
+            kind = {None: _PLAIN, BranchKind.JUMP: _JUMP}.get(branch_kind(mnemonic), _OTHER_BRANCH)
         self[mnemonic] = kind
         return kind
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from math import log2, sqrt
 
+from dynacut.shared.binary.branches import BranchKind
 from dynacut.shared.code import Code
 from dynacut.shared.coverage.candidate import Candidate, CandidateKind
-from dynacut.shared.coverage.flow import Flow, Kind
+from dynacut.shared.coverage.flow import Flow
 from dynacut.shared.coverage.live_registers import clobbers
 from dynacut.shared.coverage.siblings import Siblings
 
@@ -85,9 +86,9 @@ class _Finder:
             branch = self.flow.branch_of(block)
             if branch is None:
                 continue
-            if branch.kind is Kind.CONDITIONAL:
+            if branch.kind is BranchKind.CONDITIONAL:
                 yield from self.jump(block)
-            elif branch.kind is Kind.INDIRECT_JUMP and block not in self.order:
+            elif branch.kind is BranchKind.INDIRECT_JUMP and block not in self.order:
                 yield from self.cases(block)
         for entry in self.order:
             if self.is_called_by_pointer(entry):
@@ -121,7 +122,7 @@ class _Finder:
             block = waiting.pop()
             onward = list(self.flow.successors(block))
             branch = self.flow.branch_of(block)
-            if branch is not None and branch.kind is Kind.CALL and branch.target is not None:
+            if branch is not None and branch.kind is BranchKind.CALL and branch.target is not None:
                 onward.append(branch.target)
             found = self.flow.blocks.block_at(block)
             if found is not None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
 from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.branches import BranchKind, branch_kind
 from dynacut.shared.binary.code_pointers import code_pointers
 from dynacut.shared.binary.decode import disassembler
 from dynacut.shared.binary.elf import ElfFile
@@ -24,24 +24,12 @@ from dynacut.shared.binary.pointer_tables import PointerTables
 from dynacut.shared.code import Code
 
 
-class Kind(Enum):
-    """What the last instruction of a block does."""
-
-    CONDITIONAL = "conditional jump"
-    JUMP = "jump"
-    INDIRECT_JUMP = "indirect jump"
-    CALL = "call"
-    INDIRECT_CALL = "indirect call"
-    END = "end"
-    """A return, or an instruction that never gets further."""
-
-
 class Branch(NamedTuple):
     """The branch that ends a block: its module offset, size in bytes, and where it leads if that is direct."""
 
     offset: int
     size: int
-    kind: Kind
+    kind: BranchKind
     target: int | None
 
     @property
@@ -50,22 +38,7 @@ class Branch(NamedTuple):
         return self.offset + self.size
 
 
-_ENDS = ("ret", "iret", "sysret", "sysexit", "ud", "hlt", "int3", "int1", "ljmp", "rsm")
-_GOES_ON = (Kind.CONDITIONAL, Kind.CALL, Kind.INDIRECT_CALL)
-
-
-def _kind(mnemonic: str) -> Kind | None:
-    """Return what a mnemonic of capstone does to control; None for what just goes on. Direct if there are two."""
-    word = mnemonic.split()[-1] if mnemonic else ""
-    if word == "jmp":
-        return Kind.JUMP
-    if word in ("call", "lcall"):
-        return Kind.CALL
-    if word.startswith(_ENDS):
-        return Kind.END
-    if word.startswith(("j", "loop")) or word == "xbegin":
-        return Kind.CONDITIONAL
-    return None
+_GOES_ON = (BranchKind.CONDITIONAL, BranchKind.CALL, BranchKind.INDIRECT_CALL)
 
 
 class Flow:
@@ -104,13 +77,13 @@ class Flow:
         """Branches by their end, and what rip-relative leas (in programs that are not PIE: movs) point at."""
         branches: dict[int, Branch] = {}
         references: dict[int, int] = {}
-        kinds: dict[str, Kind | None] = {}
+        kinds: dict[str, BranchKind | None] = {}
         disassemble, base = disassembler(), self.elf.link_base
         for function in self.functions:
             code = self.elf.read(function.start, function.end - function.start)
             for offset, size, mnemonic, operands in disassemble(code, function.start):
                 if mnemonic not in kinds:
-                    kinds[mnemonic] = _kind(mnemonic)
+                    kinds[mnemonic] = branch_kind(mnemonic)
                 kind = kinds[mnemonic]
                 if kind is None:
                     if mnemonic == "lea" and "[rip" in operands:
@@ -122,8 +95,8 @@ class Flow:
                         references[offset] = int.from_bytes(code[at - 4 : at], "little") - base
                     continue
                 target = int(operands, 16) if operands.startswith("0x") else None
-                if target is None and kind in (Kind.JUMP, Kind.CALL):
-                    kind = Kind.INDIRECT_JUMP if kind is Kind.JUMP else Kind.INDIRECT_CALL
+                if target is None and kind in (BranchKind.JUMP, BranchKind.CALL):
+                    kind = BranchKind.INDIRECT_JUMP if kind is BranchKind.JUMP else BranchKind.INDIRECT_CALL
                 branches[offset + size] = Branch(offset, size, kind, target)
         return branches, references
 
@@ -144,7 +117,7 @@ class Flow:
     def jump_table(self, block: int) -> JumpTable | None:
         """Return the jump table that a block's indirect jump goes through; None: there is none, or none is known."""
         branch = self.branch_of(block)
-        if branch is None or branch.kind is not Kind.INDIRECT_JUMP:
+        if branch is None or branch.kind is not BranchKind.INDIRECT_JUMP:
             return None
         if branch.offset not in self._tables:
             function = self.function_at(branch.offset)
@@ -167,11 +140,11 @@ class Flow:
         following = (found.end,) if self._follows(found.start, found.end) else ()
         if branch is None:
             return following
-        if branch.kind is Kind.INDIRECT_JUMP:
+        if branch.kind is BranchKind.INDIRECT_JUMP:
             table = self.jump_table(block)
             return tuple(sorted(set(table.targets))) if table is not None else ()
         onward: tuple[int, ...] = following if branch.kind in _GOES_ON else ()
-        if branch.kind in (Kind.CONDITIONAL, Kind.JUMP) and branch.target is not None:
+        if branch.kind in (BranchKind.CONDITIONAL, BranchKind.JUMP) and branch.target is not None:
             onward = (branch.target, *(offset for offset in onward if offset != branch.target))
         return onward
 
@@ -218,7 +191,7 @@ class Flow:
         for branch in self._scanned[0].values():
             if branch.target is not None and branch.target in self._entries:
                 function = self.function_at(branch.offset)
-                if branch.kind is Kind.CALL or function is None or function.start != branch.target:
+                if branch.kind is BranchKind.CALL or function is None or function.start != branch.target:
                     found.setdefault(branch.target, []).append(branch.offset)
         return found
 

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
-from dynacut.shared.coverage.flow import Flow, Kind
+from dynacut.shared.binary.branches import BranchKind
+from dynacut.shared.coverage.flow import Flow
 
 _MAX_BLOCKS = 16
 _ARGUMENTS = frozenset({"rdi", "rsi", "rdx", "rcx", "r8", "r9"})
 _SCRATCH = _ARGUMENTS | {"rax", "r10", "r11"}
-_CALLS = (Kind.CALL, Kind.INDIRECT_CALL)
+_CALLS = (BranchKind.CALL, BranchKind.INDIRECT_CALL)
 _WIDE = {f"{low}l": f"r{low}x" for low in "abcd"} | {f"{low}h": f"r{low}x" for low in "abcd"}
 _WIDE |= {f"{prefix}{low}x": f"r{low}x" for low in "abcd" for prefix in ("", "e", "r")}
 _WIDE |= {f"{prefix}{name}": f"r{name}" for name in ("si", "di", "bp") for prefix in ("", "e", "r")}
@@ -56,7 +57,7 @@ def clobbers(flow: Flow, block: int, default: int) -> Clobbered:
             if wrong & _ARGUMENTS:
                 result = Clobbered.PERHAPS
             wrong -= _SCRATCH
-        elif branch is not None and branch.kind is Kind.END and "rax" in wrong:
+        elif branch is not None and branch.kind is BranchKind.END and "rax" in wrong:
             result = Clobbered.PERHAPS  # the value returned, if the function returns any
         waiting += [(successor, wrong) for successor in flow.successors(start)]
     return result

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from dynacut.shared.binary.branches import BranchKind
 from dynacut.shared.binary.functions import FunctionRange
-from dynacut.shared.coverage.flow import Flow, Kind
+from dynacut.shared.coverage.flow import Flow
 
 _REFUSAL = re.compile(
     r"\b(?:-?ERR|errors?|denied|disabled|disallowed|forbidden|invalid|not (?:allowed|supported|permitted|enabled)|"
@@ -20,7 +21,7 @@ _SMALL = 8  # a function with this many functions behind it counts half of what 
 _SEEN = 0.4  # the weight of being executed by refused requests and by no wanted ones
 _ONLY_ERROR = 0.3  # the same for what is called: less, since it may be anything
 _DEPTH = 2  # a handler may call what makes the error's text, and that what sends it
-_CALLS = (Kind.CALL, Kind.INDIRECT_CALL)
+_CALLS = (BranchKind.CALL, BranchKind.INDIRECT_CALL)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Siblings:
             )
             if branch is not None and leaves:
                 ways += 1
-                if branch.kind is not Kind.END:
+                if branch.kind is not BranchKind.END:
                     refused += 1.0 if heard else self._refuses(branch.target, depth)
             for successor in self._flow.successors(start) if branch is None or branch.kind not in _CALLS else ():
                 if successor not in seen and function.start <= successor < function.end:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from dynacut.shared.binary.blocks import BlockMap
+from dynacut.shared.binary.branches import BranchKind
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.binary.functions import function_ranges
 from dynacut.shared.binary.symbols import SymbolTable
-from dynacut.shared.coverage.flow import Flow, Kind
+from dynacut.shared.coverage.flow import Flow
 
 PROGRAMS = Path(__file__).with_name("programs")
 REDIS = Path("/usr/bin/redis-server")
@@ -105,7 +106,7 @@ def test_a_switch(tmp_path: Path, kind: tuple[str, ...]) -> None:
     function = flow.function_at(at["dispatch"])
     assert function is not None
     blocks = [block.start for block in flow.blocks.blocks_in(*function)]
-    jumps = [start for start in blocks if (branch := flow.branch_of(start)) and branch.kind is Kind.INDIRECT_JUMP]
+    jumps = [start for start in blocks if (branch := flow.branch_of(start)) and branch.kind is BranchKind.INDIRECT_JUMP]
     assert len(jumps) == 1
     table = flow.jump_table(jumps[0])
     assert table is not None
