@@ -23,6 +23,14 @@ from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.seccomp import Call, Filter, MalformedFilterError
+from dynacut.live.syscalls import (
+    MAP_FIXED_NOREPLACE,
+    MAP_NORESERVE,
+    O_RDONLY_CLOEXEC,
+    O_RDWR_CLOEXEC,
+    SIGSET_SIZE,
+    Syscall,
+)
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP
 from dynacut.shared.patch_set import HandlerChange, PatchSet
 from dynacut.shared.proc import task_status, thread_ids
@@ -31,47 +39,49 @@ from dynacut.shared.target import SIGTRAP
 _STOP_TIMEOUT = 0.5
 _PAUSE = 0.002
 _INSTRUCTION_SIZE = 8
-_SIGSET_SIZE = 8
-_O_RDONLY_CLOEXEC, _O_RDWR_CLOEXEC = 0o2000000, 0o2000002
 _CODE, _DATA = mmap.PROT_READ | mmap.PROT_EXEC, mmap.PROT_READ | mmap.PROT_WRITE
-_MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
 _NO_FILE = (1 << 64) - 1
 
-_RESTART = Call("restart_syscall", 219)
-_CLOSE, _GETPID = Call("close", 3), Call("getpid", 39)
+
+def _call(number: Syscall, arguments: tuple[int | None, ...] = ()) -> Call:
+    return Call(number.name.lower(), number, arguments)
+
+
+_RESTART = _call(Syscall.RESTART_SYSCALL)
+_CLOSE, _GETPID = _call(Syscall.CLOSE), _call(Syscall.GETPID)
 _ALWAYS = (
     _RESTART,  # what the kernel makes of some calls that a stop has interrupted
-    Call("rt_sigreturn", 15),
-    Call("rt_sigaction", 13, (None, None, None, _SIGSET_SIZE)),
+    _call(Syscall.RT_SIGRETURN),
+    _call(Syscall.RT_SIGACTION, (None, None, None, SIGSET_SIZE)),
 )
-_UNMAP = Call("munmap", 11)
+_UNMAP = _call(Syscall.MUNMAP)
 # The region, or where it is not to be had no part of it; a trap that is not ours, passed on to the program's handler,
 # or to its death (pass_on in trap.c).
 _INSTALLING = (
-    Call("mmap", 9, (None, None, _CODE, _FLAGS | _MAP_NORESERVE, _NO_FILE, 0)),
-    Call("mmap", 9, (None, None, _DATA, _FLAGS | _MAP_NORESERVE, _NO_FILE, 0)),
+    _call(Syscall.MMAP, (None, None, _CODE, _FLAGS | MAP_NORESERVE, _NO_FILE, 0)),
+    _call(Syscall.MMAP, (None, None, _DATA, _FLAGS | MAP_NORESERVE, _NO_FILE, 0)),
     _UNMAP,
-    Call("rt_sigprocmask", 14, (0, None, 0, _SIGSET_SIZE)),
+    _call(Syscall.RT_SIGPROCMASK, (0, None, 0, SIGSET_SIZE)),
     _GETPID,
-    Call("gettid", 186),
-    Call("tgkill", 234, (None, None, SIGTRAP)),
+    _call(Syscall.GETTID),
+    _call(Syscall.TGKILL, (None, None, SIGTRAP)),
 )
 _FILLING = (  # from what has the file's name, or by a copy
-    Call("open", 2, (None, _O_RDONLY_CLOEXEC)),
-    Call("mmap", 9, (None, None, _CODE, mmap.MAP_PRIVATE | _MAP_FIXED_NOREPLACE)),
+    _call(Syscall.OPEN, (None, O_RDONLY_CLOEXEC)),
+    _call(Syscall.MMAP, (None, None, _CODE, mmap.MAP_PRIVATE | MAP_FIXED_NOREPLACE)),
     _CLOSE,
     _UNMAP,
-    Call("mmap", 9, (None, None, _CODE, _FLAGS, _NO_FILE, 0)),
+    _call(Syscall.MMAP, (None, None, _CODE, _FLAGS, _NO_FILE, 0)),
 )
 _LEARNING = (  # write_text in trap.c, by either of its ways
-    Call("open", 2, (None, _O_RDWR_CLOEXEC, 0, 0)),
-    Call("pwrite64", 18),
+    _call(Syscall.OPEN, (None, O_RDWR_CLOEXEC, 0, 0)),
+    _call(Syscall.PWRITE64),
     _CLOSE,
-    Call("mprotect", 10, (None, None, _CODE | mmap.PROT_WRITE, 0)),
-    Call("mprotect", 10, (None, None, _CODE, 0)),
+    _call(Syscall.MPROTECT, (None, None, _CODE | mmap.PROT_WRITE, 0)),
+    _call(Syscall.MPROTECT, (None, None, _CODE, 0)),
     _GETPID,
-    Call("process_vm_writev", 311, (None, None, 1, None, 1, 0)),
+    _call(Syscall.PROCESS_VM_WRITEV, (None, None, 1, None, 1, 0)),
 )
 
 
@@ -87,10 +97,10 @@ def calls_of(patches: PatchSet) -> Iterator[Call]:
             if site.action is Action.LEARN:
                 yield from _LEARNING
             elif site.action is Action.TERMINATE and site.argument != DIE_BY_SIGTRAP:
-                yield Call("exit_group", 231, (site.argument, 0, 0, 0))
+                yield _call(Syscall.EXIT_GROUP, (site.argument, 0, 0, 0))
     for part in parts:
         for memory in part.add:
-            yield Call("mmap", 9, (None, None, memory.protection, _FLAGS, _NO_FILE, 0))
+            yield _call(Syscall.MMAP, (None, None, memory.protection, _FLAGS, _NO_FILE, 0))
         if part.fill:
             yield from _FILLING
         if part.unmap or part.drop:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ
 
+from dynacut.handlers.layout import ACTION
 from dynacut.handlers.table import INPUT_OFFSET, OUTPUT_OFFSET, SLOT_COUNT, KernelAction
 from dynacut.live.gdb.held import Held
 from dynacut.live.gdb.session import GdbSession
@@ -18,20 +19,17 @@ from dynacut.live.ptrace.slack import find_slack
 from dynacut.live.ptrace.slots import Slot, take_slot
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.stub import Stub
+from dynacut.live.syscalls import MAP_FIXED_NOREPLACE, MAP_NORESERVE, SIG_BLOCK, SIG_UNBLOCK, SIGSET_SIZE, Syscall
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.region import Region, find_region
 from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT, Mapping
 
-_SYS_MMAP, _SYS_MUNMAP, _SYS_RT_SIGACTION, _SYS_RT_SIGPROCMASK = 9, 11, 13, 14
-_MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
-_SIG_BLOCK, _SIG_UNBLOCK = 0, 1
-_SIGSET_SIZE = 8
-_ACTION_SIZE = 32
+_ACTION_SIZE = ACTION.size
 _SCRATCH_SIZE = 64 * _ACTION_SIZE
 _ACTIONS_PER_SHOT = 16
 _RANGES_PER_SHOT = 8
-_THREADS_AT_ONCE = min(SLOT_COUNT // 2, _SCRATCH_SIZE // _SIGSET_SIZE)
+_THREADS_AT_ONCE = min(SLOT_COUNT // 2, _SCRATCH_SIZE // SIGSET_SIZE)
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,12 @@ class GdbTarget(Held):
 
     def map_anonymous(self, parts: Sequence[NewMemory]) -> None:
         """Maps memory at just these places, zeros in it for now; DynacutError if the process does not get it."""
-        flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
         for first in range(0, len(parts), _RANGES_PER_SHOT):
             batch = parts[first : first + _RANGES_PER_SHOT]
             stub = Stub()
             for part in batch:
-                stub.syscall(_SYS_MMAP, part.address, part.size, part.protection, flags, -1, 0)
+                stub.syscall(Syscall.MMAP, part.address, part.size, part.protection, flags, -1, 0)
             self._map(stub, [(part.address, part.address + part.size) for part in batch])
 
     def map_file(self, pages: PageRange) -> None:
@@ -94,7 +92,7 @@ class GdbTarget(Held):
         name = self._region().table + INPUT_OFFSET
         self.write(name, path)
         stub = Stub()
-        flags = MAP_PRIVATE | _MAP_FIXED_NOREPLACE
+        flags = MAP_PRIVATE | MAP_FIXED_NOREPLACE
         stub.map_opened(name, pages.start, pages.size, PROT_READ | PROT_EXEC, flags, pages.file_offset)
         self._run(stub)
         self.write(name, bytes(len(path)))
@@ -109,7 +107,7 @@ class GdbTarget(Held):
     def unmap(self, pages: PageRange) -> None:
         """Unmaps pages; DynacutError if they do not go."""
         stub = Stub()
-        stub.syscall(_SYS_MUNMAP, pages.start, pages.size)
+        stub.syscall(Syscall.MUNMAP, pages.start, pages.size)
         self._run(stub)
         if self._mapping_at(pages.start) is not None:
             raise DynacutError(
@@ -143,7 +141,7 @@ class GdbTarget(Held):
             if in_syscall(thread.registers) and thread.registers["orig_rax"] in WITH_TEMPORARY_MASK
         ]
         # The kernel puts a thread's own mask back when it leaves such a call, so before the stub begins.
-        return masks | self._change_masks(hidden, _SIG_BLOCK, 0)
+        return masks | self._change_masks(hidden, SIG_BLOCK, 0)
 
     def waiting_blockers(self) -> list[int]:
         """The threads that block SIGTRAP while they wait in a system call; others may do so for a moment only."""
@@ -159,7 +157,7 @@ class GdbTarget(Held):
             thread = self.thread(tid)
             self.passing = self.passing or (thread is not None and not resumption(thread.registers).restarts)
         # Not by the whole mask: before its turn comes, a thread may run on, and into or out of a signal handler.
-        self._change_masks(tids, _SIG_BLOCK if block else _SIG_UNBLOCK, SIGTRAP_BIT)
+        self._change_masks(tids, SIG_BLOCK if block else SIG_UNBLOCK, SIGTRAP_BIT)
 
     def _exchange_actions(self, actions: dict[int, KernelAction | None]) -> None:
         """Sets signal actions, or with None only reads them."""
@@ -173,7 +171,7 @@ class GdbTarget(Held):
                 if action is not None:
                     self.write(table + INPUT_OFFSET + place, action.pack())
                 given = 0 if action is None else table + INPUT_OFFSET + place
-                stub.syscall(_SYS_RT_SIGACTION, number, given, table + OUTPUT_OFFSET + place, _SIGSET_SIZE)
+                stub.syscall(Syscall.RT_SIGACTION, number, given, table + OUTPUT_OFFSET + place, SIGSET_SIZE)
             self._run(stub)
             for number, place in batch.items():
                 self._actions[number] = KernelAction.unpack(self.read(table + OUTPUT_OFFSET + place, _ACTION_SIZE))
@@ -188,18 +186,18 @@ class GdbTarget(Held):
         before: dict[int, int] = {}
         for first in range(0, len(tids), _THREADS_AT_ONCE):
             batch = list(tids)[first : first + _THREADS_AT_ONCE]
-            self.write(given, signals.to_bytes(_SIGSET_SIZE, "little"))
+            self.write(given, signals.to_bytes(SIGSET_SIZE, "little"))
             shots = []
             for index, tid in enumerate(batch):
                 stub = Stub()
-                stub.syscall(_SYS_RT_SIGPROCMASK, how, given, old + index * _SIGSET_SIZE, _SIGSET_SIZE)
+                stub.syscall(Syscall.RT_SIGPROCMASK, how, given, old + index * SIGSET_SIZE, SIGSET_SIZE)
                 shots.append(self._shot(stub, region, tid))
             shoot(self, shots)
-            found = self.read(old, len(batch) * _SIGSET_SIZE)
+            found = self.read(old, len(batch) * SIGSET_SIZE)
             for index, tid in enumerate(batch):
                 if self.thread(tid) is not None:
-                    before[tid] = int.from_bytes(found[index * _SIGSET_SIZE : (index + 1) * _SIGSET_SIZE], "little")
-            self.write(given, bytes(_SIGSET_SIZE))
+                    before[tid] = int.from_bytes(found[index * SIGSET_SIZE : (index + 1) * SIGSET_SIZE], "little")
+            self.write(given, bytes(SIGSET_SIZE))
             self.write(old, bytes(len(found)))
         return before
 

@@ -6,27 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE
 
+from dynacut.handlers.layout import ACTION
 from dynacut.handlers.table import CODE_SIZE, INPUT_OFFSET, MAGIC, OBSERVED_OFFSET, OUTPUT_OFFSET, KernelAction, Layout
 from dynacut.live.process import Process
 from dynacut.live.ptrace.shots import Shots
 from dynacut.live.ptrace.slack import find_slack
 from dynacut.live.ptrace.stub import Stub
 from dynacut.live.refusal import NeedsCheckpointError
+from dynacut.live.syscalls import MAP_FIXED_NOREPLACE, MAP_NORESERVE, PR_SET_PDEATHSIG, SIGSET_SIZE, Syscall
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.memory import NewMemory, PageRange
 from dynacut.shared.region import Region, choose_address
 from dynacut.shared.target import SIGTRAP
 
-_SYS_MMAP = 9
-_SYS_MUNMAP = 11
 _MAX_PATH = 64 * 32  # of the table's scratch, the input of 64 signal actions
-_SYS_RT_SIGACTION = 13
-_SYS_PRCTL = 157
-PR_SET_PDEATHSIG = 1
-_SIGSET_SIZE = 8
-_MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
-_ACTION_SIZE = 32
+_ACTION_SIZE = ACTION.size
 _ACTIONS_PER_SHOT = 16
 _RANGES_PER_SHOT = 8
 
@@ -47,18 +42,18 @@ class Remote:
         process = self._process
         region = choose_address(process, layout, taken)
         stub = Stub()
-        flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
         code_protection = PROT_READ | PROT_EXEC
-        stub.syscall(_SYS_MMAP, region.code, CODE_SIZE, code_protection, flags, -1, 0)
+        stub.syscall(Syscall.MMAP, region.code, CODE_SIZE, code_protection, flags, -1, 0)
         stub.require(region.code)
-        stub.syscall(_SYS_MMAP, region.table, layout.size, PROT_READ | PROT_WRITE, flags, -1, 0)
-        stub.otherwise(region.table, _SYS_MUNMAP, region.code, CODE_SIZE)
+        stub.syscall(Syscall.MMAP, region.table, layout.size, PROT_READ | PROT_WRITE, flags, -1, 0)
+        stub.otherwise(region.table, Syscall.MUNMAP, region.code, CODE_SIZE)
         stub.require(region.table)
         if layout.shared:
             shared, size = region.table + layout.size, layout.total_size - layout.size
             flags = flags & ~MAP_PRIVATE | MAP_SHARED
-            stub.syscall(_SYS_MMAP, shared, size, PROT_READ | PROT_WRITE, flags, -1, 0)
-            stub.otherwise(shared, _SYS_MUNMAP, region.code, CODE_SIZE + layout.size)
+            stub.syscall(Syscall.MMAP, shared, size, PROT_READ | PROT_WRITE, flags, -1, 0)
+            stub.otherwise(shared, Syscall.MUNMAP, region.code, CODE_SIZE + layout.size)
             stub.require(shared)
         stub.store(region.table, int.from_bytes(magic, "little"))
         self._shots.shoot(stub, find_slack(process, stub.size))
@@ -84,11 +79,11 @@ class Remote:
             DynacutError: the process does not get the memory, or no thread can be stopped.
         """
         process = self._process
-        flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
         for first in range(0, len(parts), _RANGES_PER_SHOT):
             stub = Stub()
             for part in parts[first : first + _RANGES_PER_SHOT]:
-                stub.syscall(_SYS_MMAP, part.address, part.size, part.protection, flags, -1, 0)
+                stub.syscall(Syscall.MMAP, part.address, part.size, part.protection, flags, -1, 0)
                 stub.require(part.address)
             if not self._shots.run(stub, region):
                 raise NeedsCheckpointError(
@@ -109,7 +104,7 @@ class Remote:
         for first in range(0, len(ranges), _RANGES_PER_SHOT):
             stub = Stub()
             for pages in ranges[first : first + _RANGES_PER_SHOT]:
-                stub.syscall(_SYS_MUNMAP, pages.start, pages.size)
+                stub.syscall(Syscall.MUNMAP, pages.start, pages.size)
                 stub.require(0)
             if not self._shots.run(stub, region):
                 raise DynacutError(
@@ -145,7 +140,7 @@ class Remote:
         name = region.table + INPUT_OFFSET
         process.write(name, path)
         stub = Stub()
-        size, flags = pages.size, MAP_PRIVATE | _MAP_FIXED_NOREPLACE
+        size, flags = pages.size, MAP_PRIVATE | MAP_FIXED_NOREPLACE
         stub.map_opened(name, pages.start, size, PROT_READ | PROT_EXEC, flags, pages.file_offset)
         done = self._shots.run(stub, region)
         process.write(name, bytes(len(path)))
@@ -182,7 +177,7 @@ class Remote:
             DynacutError: the thread cannot be stopped.
         """
         stub = Stub()
-        stub.syscall(_SYS_PRCTL, PR_SET_PDEATHSIG, 0)
+        stub.syscall(Syscall.PRCTL, PR_SET_PDEATHSIG, 0)
         if region is None:
             self._shots.shoot(stub, find_slack(self._process, stub.size))
         elif not self._shots.run(stub, region):
@@ -205,7 +200,7 @@ class Remote:
                 if action is not None:
                     given = region.table + INPUT_OFFSET + (number - 1) * _ACTION_SIZE
                     process.write(given, action.pack())
-                stub.syscall(_SYS_RT_SIGACTION, number, given, _output(region, number, action), _SIGSET_SIZE)
+                stub.syscall(Syscall.RT_SIGACTION, number, given, _output(region, number, action), SIGSET_SIZE)
             if not self._shots.run(stub, region):
                 raise DynacutError(
                     f"a thread of {process.label} was sent through a stub and did not come to its end in time",

@@ -6,6 +6,8 @@ import errno
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from dynacut.live.syscalls import Syscall
+
 _NEGATIVE = 1 << 63
 SYSCALL_SIZE = 2
 """Bytes of a syscall instruction, and of int 0x80."""
@@ -14,7 +16,6 @@ SYSCALL_SIZE = 2
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 STARTS_ANEW = (1 << 64) - ERESTARTNOHAND
 """The rax of an interrupted call that is to be made again as it was, unless a signal is handled first."""
-_RESTART_SYSCALL = 219
 # signal(7): these fail with EINTR after any stop, even without a signal, the socket calls where a timeout is set. A
 # ptrace stop must not show, so they are started again; having failed with EINTR they have done nothing yet.
 # semop, rt_sigtimedwait, semtimedop, io_getevents, epoll_wait, epoll_pwait, epoll_pwait2, io_uring_enter;
@@ -76,7 +77,7 @@ def resumption(registers: Mapping[str, int]) -> Resumption:
     if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
         return Resumption(again, number, restarts=True, undecided_rax=rax)
     if code == ERESTART_RESTARTBLOCK:
-        return Resumption(again, _RESTART_SYSCALL, restarts=True, undecided_rax=rax)
+        return Resumption(again, Syscall.RESTART_SYSCALL, restarts=True, undecided_rax=rax)
     if code == errno.EINTR and number in _NEVER_RESTARTED:
         # As after any signal handler, with SA_RESTART or without.
         return Resumption(again, number, restarts=True, undecided_rax=STARTS_ANEW)

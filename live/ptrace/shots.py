@@ -21,10 +21,10 @@ from dynacut.live.ptrace.stub import Stub, restarting_stub, restoring_tail
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
 from dynacut.live.ptrace.urgency import urgent
 from dynacut.live.refusal import NeedsCheckpointError
+from dynacut.live.syscalls import Syscall
 from dynacut.shared.proc import BlockedIn, blocked_in, is_kernels_own, task_status, thread_ids
 from dynacut.shared.region import Region
 
-_SYS_IO_URING_ENTER = 426
 _STOP_TIMEOUT = 0.5
 _PASSAGE = 0.0003
 """Seconds in which a thread that is let go usually has run through its stub."""
@@ -164,7 +164,7 @@ def _candidates(pid: int, *, all_kinds: bool) -> Iterator[int]:
                 anew.append(tid)
             else:
                 yield tid
-        elif waits.number == _SYS_IO_URING_ENTER:
+        elif waits.number == Syscall.IO_URING_ENTER:
             (cut_short if waits.arguments[1] else anew).append(tid)
         # Any other system call is left alone: a write that is interrupted amid its bytes returns short.
     yield from anew

@@ -14,6 +14,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
+from dynacut.live.syscalls import O_RDONLY_CLOEXEC, Syscall
+
 _MOV_R64_IMM64 = {  # opcode bytes of mov reg, imm64
     "rax": b"\x48\xb8",
     "rcx": b"\x48\xb9",
@@ -38,8 +40,6 @@ _MOV_R32_IMM32 = {  # clears the upper half; mov r/m64, imm32 where the value is
 }
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _SYSCALL = b"\x0f\x05"
-_SYS_OPEN, _SYS_CLOSE, _SYS_MMAP = 2, 3, 9
-_O_RDONLY_CLOEXEC = 0o2000000
 _MOV_R8_RAX = b"\x49\x89\xc0"
 _MOV_RDI_R8 = b"\x4c\x89\xc7"
 _LEA_RCX_RAX_RCX = b"\x48\x8d\x0c\x08"
@@ -99,14 +99,14 @@ class Stub:
 
     def map_opened(self, opened: int, start: int, size: int, protection: int, flags: int, offset: int) -> None:
         """Opens the file whose name is at an address, maps it as mmap(2) does, and closes it again."""
-        self.syscall(_SYS_OPEN, opened, _O_RDONLY_CLOEXEC)
+        self.syscall(Syscall.OPEN, opened, O_RDONLY_CLOEXEC)
         self._code += _MOV_R8_RAX  # the kernel keeps r8 through the next two calls
         for register, argument in zip(_ARGUMENTS, (start, size, protection, flags), strict=False):
             self._load(register, argument)
         self._load("r9", offset)
-        self._load("rax", _SYS_MMAP)
+        self._load("rax", Syscall.MMAP)
         self._code += _SYSCALL + _MOV_RDI_R8
-        self._load("rax", _SYS_CLOSE)
+        self._load("rax", Syscall.CLOSE)
         self._code += _SYSCALL
 
     def require(self, value: int) -> None:

@@ -19,11 +19,12 @@ from ptrace.error import PtraceError
 from dynacut.handlers.table import TRACE_MAGIC
 from dynacut.live.process import Process
 from dynacut.live.ptrace.ptrace_call import PTRACE_DETACH
-from dynacut.live.ptrace.remote import PR_SET_PDEATHSIG, Remote
+from dynacut.live.ptrace.remote import Remote
 from dynacut.live.ptrace.shots import Shots
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.stops import prompt_stops
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
+from dynacut.live.syscalls import PR_SET_PDEATHSIG
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import auxiliary_vector
 from dynacut.shared.region import find_region
