@@ -26,8 +26,9 @@ MAX_RANGES = 1 << 16
 MIN_HEAP_CAPACITY = 1 << 16
 MAX_HEAP_CAPACITY = 1 << 28
 
-PAGE = 4096
-HEADER_SIZE = 2 * PAGE
+PAGE_SIZE = 4096
+"""Of x86-64, in bytes."""
+HEADER_SIZE = 2 * PAGE_SIZE
 FIXED = struct.Struct("<8sIB3xQ12I")
 BANK = struct.Struct("<4I")
 SITE = struct.Struct("<QQ5IB3x")
@@ -167,4 +168,4 @@ class Header(NamedTuple):
 
 def pages(size: int) -> int:
     """A size rounded up to whole pages, in bytes."""
-    return -(-size // PAGE) * PAGE
+    return -(-size // PAGE_SIZE) * PAGE_SIZE

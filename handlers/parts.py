@@ -13,7 +13,7 @@ from dynacut.handlers.layout import (
     FEATURE_CAPACITY,
     MAX_RANGES,
     NAME_SIZE,
-    PAGE,
+    PAGE_SIZE,
     REPAIR,
     SITE,
     Layout,
@@ -165,4 +165,4 @@ def _unpack_name(data: bytes, offset: int) -> str:
 
 
 def _is_page_range(address: int, size: int) -> bool:
-    return address % PAGE == 0 and size % PAGE == 0 and size > 0 and address + size <= 1 << 47
+    return address % PAGE_SIZE == 0 and size % PAGE_SIZE == 0 and size > 0 and address + size <= 1 << 47

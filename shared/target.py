@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dynacut.handlers.layout import PAGE_SIZE as PAGE_SIZE
+
 if TYPE_CHECKING:
     from dynacut.shared.binary.elf import ElfFile
 
 SIGTRAP = 5
 SIGTRAP_BIT = 1 << (SIGTRAP - 1)
 """In a mask of signals."""
-PAGE_SIZE = 4096
 
 
 @dataclass(frozen=True)

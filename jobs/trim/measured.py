@@ -81,7 +81,8 @@ def trimmed_facts(pid: int, plan: Plan) -> dict[str, Any]:
 
 def _text_pages(plan: Plan) -> int:
     """The pages of the executable segments of the plan's modules, as their files have them."""
-    from dynacut.shared.binary.elf import PAGE_SIZE, ElfFile
+    from dynacut.shared.binary.elf import ElfFile
+    from dynacut.shared.target import PAGE_SIZE
 
     segments = [part for module in plan.modules.values() for part in ElfFile.open(Path(module.path)).segments]
     return sum(-(-(part.offset % PAGE_SIZE + part.memory_size) // PAGE_SIZE) for part in segments if part.executable)

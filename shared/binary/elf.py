@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from dynacut.shared.binary.inside_root import open_inside
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.target import PAGE_SIZE
 
-PAGE_SIZE = 4096
 MMAP_FROM = 64 << 20
 """Files from this size on (bytes) are mapped; smaller ones are copied: nobody can truncate them under us."""
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule, union_of_all
 from dynacut.shared.coverage.drcov_text import BEGINNINGS, Header, LogReader, ModuleRow, read_header, text_blocks
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.target import PAGE_SIZE
 from dynacut.shared.whole_file import write_whole
 
 SIZE_LIMIT = 256 << 20
@@ -32,7 +33,6 @@ _MODULE_LIMIT = 1 << 18
 _CHUNK = 1 << 16
 _BLOCK = struct.Struct("<IHH")  # start, size, module id
 _LARGEST_START, _LARGEST_SIZE, _NO_MODULE = 0xFFFF_FFFF, 0xFFFF, 0xFFFF
-_PAGE = 4096
 _BLANKS = re.compile(rb"[\s\0]*")
 # What a line of the table cannot hold: its end, and blanks before the path, which readers skip.
 _UNWRITABLE = re.compile(r"[\n\r\0]|^[ \t]+")
@@ -296,7 +296,7 @@ def _packed(coverage: Coverage, extents: Mapping[str, tuple[int, int]]) -> bytes
             for start in range(offset, offset + size, _LARGEST_SIZE):
                 table += _BLOCK.pack(start, min(_LARGEST_SIZE, offset + size - start), module_id)
         base, end = extents.get(module.path, (0, 0))
-        end = max(end, base + -(-covered_end // _PAGE) * _PAGE)
+        end = max(end, base + -(-covered_end // PAGE_SIZE) * PAGE_SIZE)
         path = _UNWRITABLE.sub(lambda found: "".join(f"\\{ord(character):03o}" for character in found[0]), module.path)
         rows.append(f"{module_id:3}, {module_id:3}, 0x{base:016x}, 0x{end:016x}, 0x{0:016x}, {0:016x}, {path}\n")
     header = (

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dynacut.shared.binary.elf import PAGE_SIZE
 from dynacut.shared.code import Code, code_of_file
 from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule, union_of_all
 from dynacut.shared.coverage.picture import CODE, DrawnFunction, DrawnModule, Picture, Run, phase_bit
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.target import PAGE_SIZE
 
 PHASE_LIMIT = 6
 """So many phases can be told apart by colour."""

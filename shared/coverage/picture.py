@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from dynacut.shared.binary.elf import PAGE_SIZE
+from dynacut.shared.target import PAGE_SIZE
 
 CODE = 1
 """The bit of a mask that says: in a known block. Phase N has bit N + 1; mask 0 is padding, stubs, data."""

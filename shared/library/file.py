@@ -13,13 +13,13 @@ from pathlib import Path
 
 from dynacut.handlers.table import NO_LIBRARY, Table, UserLibrary
 from dynacut.shared.binary.dynamic import Dynamic, Rela, SymbolType
-from dynacut.shared.binary.elf import PAGE_SIZE, ElfFile
+from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.binary.symbols import symbols
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.library.library import Library
 from dynacut.shared.library.linker import Linker, page, page_end
 from dynacut.shared.region import Region, free_place
-from dynacut.shared.target import Target
+from dynacut.shared.target import PAGE_SIZE, Target
 
 DEFAULT_SYMBOL = "trap_handler"
 MAX_FILE_SIZE = 16 << 20

@@ -13,12 +13,12 @@ from mmap import PROT_EXEC, PROT_READ, PROT_WRITE
 from pathlib import Path
 
 from dynacut.shared.binary.dynamic import Dynamic, DynamicSymbol, Rela, Relocation, SymbolType
-from dynacut.shared.binary.elf import PAGE_SIZE, Segment
+from dynacut.shared.binary.elf import Segment
 from dynacut.shared.code import CodeOf
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.library.link_scope import LinkScope
 from dynacut.shared.memory import NewMemory
-from dynacut.shared.target import Target
+from dynacut.shared.target import PAGE_SIZE, Target
 
 _PT_GNU_RELRO = 0x6474E552
 _TLS_RELOCATIONS = frozenset({Rela.DTPMOD, Rela.DTPOFF, Rela.TPOFF, Rela.TLSDESC})

@@ -19,7 +19,6 @@ from picture_page import Page
 
 from dynacut.cli.main import main
 from dynacut.cli.picture import page_of, phase_and_path
-from dynacut.shared.binary.elf import PAGE_SIZE
 from dynacut.shared.code import code_of_file
 from dynacut.shared.coverage import painter as painter_module
 from dynacut.shared.coverage.coverage import UNKNOWN_PATH, Coverage, CoveredModule
@@ -27,6 +26,7 @@ from dynacut.shared.coverage.drcov import write
 from dynacut.shared.coverage.painter import PHASE_LIMIT, Phase, picture_of
 from dynacut.shared.coverage.picture import CODE, DrawnModule, Picture, phase_bit
 from dynacut.shared.errors import DynacutError, ExitStatus
+from dynacut.shared.target import PAGE_SIZE
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = "/no/<script>alert(1)</script>&\"'\x1b[31m\u202e.so"

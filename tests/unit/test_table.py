@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dynacut.handlers import table as table_module
 from dynacut.handlers.blob import HANDLER_ENTRY
-from dynacut.handlers.layout import BANK, PAGE, SITE
+from dynacut.handlers.layout import BANK, PAGE_SIZE, SITE
 from dynacut.handlers.table import (
     BANKS_OFFSET,
     CODE_SIZE,
@@ -592,15 +592,15 @@ def test_sites_do_not_share_saved_bytes() -> None:
 
 
 def test_no_page_is_taken_away_twice() -> None:
-    pages = [(PAGE * (index + 1), PAGE, index, 0, 0, 0, 0, Action.UNMAP) for index in range(3)]
+    pages = [(PAGE_SIZE * (index + 1), PAGE_SIZE, index, 0, 0, 0, 0, Action.UNMAP) for index in range(3)]
     assert len(Table.parse(raw_table(pages, 0), ADDRESS).sites) == 3
-    for bomb in (pages[:1] * 3, [(PAGE, 2 * PAGE, 0, 0, 0, 0, 0, Action.UNMAP), pages[1]]):
+    for bomb in (pages[:1] * 3, [(PAGE_SIZE, 2 * PAGE_SIZE, 0, 0, 0, 0, 0, Action.UNMAP), pages[1]]):
         with pytest.raises(TableError, match="does not fit the table"):
             Table.parse(raw_table(bomb, 0), ADDRESS)
 
 
 def test_more_ranges_than_mappings_are_possible_are_refused() -> None:
-    many = [(PAGE * (index + 1), PAGE, 0, 0, 0, 0, 0, Action.MAP) for index in range(MAX_RANGES + 1)]
+    many = [(PAGE_SIZE * (index + 1), PAGE_SIZE, 0, 0, 0, 0, 0, Action.MAP) for index in range(MAX_RANGES + 1)]
     with pytest.raises(TableError, match="does not fit the table"):
         Table.parse(raw_table(many, 0), ADDRESS)
 
