@@ -21,6 +21,7 @@ from bench.machine import Cores, isolate
 from bench.programs import BenchmarkError, compile_program
 from bench.tools import DYNACUT as COMMAND
 from dynacut.offline import processes
+from dynacut.shared.proc import tree_of
 from tests.integration.servers import Lighttpd, Nginx, Redis, Server, ServerFailed, ServerMissing
 
 REMOVED_LEAST = 0.9
@@ -50,7 +51,7 @@ def run(cores: Cores, folder: Path, repeat: int, *, quick: bool, progress: Calla
                     server = stack.enter_context(kind())
                     servers[name] = (server.pid, server.port)
                 for pid, _ in servers.values():
-                    for each in processes.tree_of(pid):
+                    for each in tree_of(pid):
                         isolate(each, Cores(cores.measured, cores.measured))
                 for repetition in range(repeat + 1):  # the first one warms up
                     progress(f"trim: {kind.program}, repetition {repetition} of {repeat}")

@@ -17,7 +17,7 @@ from dynacut.offline.stats import DumpStats, read_dump_stats
 from dynacut.offline.wanted_options import Wanted, look
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.private_folder import private_folder
-from dynacut.shared.proc import resident_bytes, task_status
+from dynacut.shared.proc import resident_bytes, task_status, tree_of
 
 Progress = Callable[[str], None]
 """Is told in a few words what is being done."""
@@ -126,7 +126,7 @@ def _dump(
     tell: Progress,
 ) -> CriuRun:
     """Dumps; again while connections wait in the backlog, which CRIU does not dump."""
-    resident = sum(map(_resident, processes.tree_of(pid)))
+    resident = sum(map(_resident, tree_of(pid)))
     # Where nothing is to be kept away, the lock would be a rule in the firewall until the restore, for nothing.
     lock = criu.network_lock if wanted.options.tcp_established else "skip"
     arguments = ["-t", str(pid), "--network-lock", lock, *wanted.options.arguments(), *wanted.for_dump]

@@ -21,6 +21,7 @@ from typing import Any
 from dynacut.offline import processes
 from dynacut.shared.binary.cache_folder import cache_folder
 from dynacut.shared.errors import DynacutError, printable
+from dynacut.shared.proc import tree_of
 
 VARIABLE = "DYNACUT_CRIU"
 """The environment variable that names the CRIU to use."""
@@ -135,7 +136,7 @@ def _wait(
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Ends CRIU with all that it has started so far: the halves of processes that it was restoring."""
-    descendants = processes.tree_of(process.pid)[1:]
+    descendants = tree_of(process.pid)[1:]
     process.kill()
     process.wait()
     processes.end(descendants)

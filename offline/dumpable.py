@@ -9,7 +9,7 @@ from pathlib import Path
 from dynacut.offline import processes
 from dynacut.shared.address_space import shares_memory
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.proc import TaskStatus, task_status
+from dynacut.shared.proc import TaskStatus, task_status, tree_of
 from dynacut.shared.target import SIGTRAP
 
 _CAP_SYS_RESOURCE = 24
@@ -32,7 +32,7 @@ def admit(pid: int) -> list[int]:
         raise DynacutError(f"{label} is a kernel thread", "only programs can be checkpointed")
     if status.has_ended:
         raise DynacutError(f"{label} has ended", "its parent has yet to reap it")
-    tree = processes.tree_of(pid)
+    tree = tree_of(pid)
     if os.getpid() in tree:
         raise DynacutError(f"dynacut descends from {label} and would be frozen with it", "start it from elsewhere")
     _check_namespace(pid, label)

@@ -1,4 +1,4 @@
-"""Processes around a checkpoint: which belong together, and when they are gone.
+"""Processes around a checkpoint: what they are called, how they are ended, and when they are gone.
 
 Source: proc(5), PR_SET_CHILD_SUBREAPER in prctl(2).
 """
@@ -53,14 +53,6 @@ def exe_of(pid: int) -> str:
         return ""
 
 
-def tree_of(pid: int) -> list[int]:
-    """The process and all its descendants, parents first; zombies too."""
-    tree = [pid]
-    for parent in tree:  # grows while it is walked
-        tree += proc.children(parent)
-    return tree
-
-
 def become_subreaper() -> None:
     """Makes orphaned descendants children of this process, so that it can reap them. Lasts until it ends.
 
@@ -110,7 +102,7 @@ def end_tree(pid: int) -> list[int]:
     A process forks no more while a stop is pending for it, so a look that finds none new is the last.
     """
     stopped: dict[int, None] = {}
-    while new := [each for each in tree_of(pid) if each not in stopped]:
+    while new := [each for each in proc.tree_of(pid) if each not in stopped]:
         for each in new:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(each, signal.SIGSTOP)

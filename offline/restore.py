@@ -16,7 +16,7 @@ from dynacut.offline.criu import Criu, CriuRun, find_criu
 from dynacut.offline.criu_options import read_record
 from dynacut.offline.image_tasks import ImageTasks, read_tasks
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.proc import is_alive
+from dynacut.shared.proc import is_alive, tree_of
 
 _LOG_NAME = "restore.log"
 _REAP_TIMEOUT = 5.0
@@ -197,7 +197,7 @@ def _make_free(tasks: ImageTasks) -> None:
 
 def _leftovers(tasks: ImageTasks) -> list[int]:
     """What a failed restore has left: our own descendants with pids of the image, which were free before."""
-    descendants = set(processes.tree_of(os.getpid()))
+    descendants = set(tree_of(os.getpid()))
     return [pid for pid in tasks.pids if pid in descendants]
 
 

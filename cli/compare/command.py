@@ -119,10 +119,10 @@ def _admit(pid: int) -> None:
     DynacutError: the process cannot be looked at, or this one descends from it.
     """
     from dynacut.live.admission import admit
-    from dynacut.offline import processes
+    from dynacut.shared.proc import tree_of
 
     admit(pid, changing=False)
-    if os.getpid() in processes.tree_of(pid):
+    if os.getpid() in tree_of(pid):
         raise DynacutError(
             f"dynacut descends from process {pid} and would measure, and dump, itself", "run it from elsewhere"
         )
@@ -161,13 +161,13 @@ def _ask(arguments: argparse.Namespace, ways: Sequence[Way], features: Sequence[
 @contextmanager
 def _target(arguments: argparse.Namespace, command: Sequence[str]) -> Iterator[tuple[int, Probe]]:
     from dynacut.jobs.compare.probes import answers, guessed
-    from dynacut.jobs.compare.target import instance, tree_of
+    from dynacut.jobs.compare.target import instance, living_tree
 
     if arguments.pid is None:
         with instance(command, lambda pids: arguments.asked or guessed(pids)) as started:
             yield started
         return
-    probe = arguments.asked or guessed(tree_of(arguments.pid))
+    probe = arguments.asked or guessed(living_tree(arguments.pid))
     if probe is None:
         raise DynacutError(
             f"process {arguments.pid} listens at no TCP port of this machine", "give a probe, such as --probe CMD"

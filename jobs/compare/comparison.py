@@ -12,7 +12,7 @@ from pathlib import Path
 from dynacut.jobs.compare.prober import Prober
 from dynacut.jobs.compare.probes import Probe
 from dynacut.jobs.compare.results import Facts, Failure, Measured, Observed, Results
-from dynacut.jobs.compare.target import State, memory_of, state_of, tree_of
+from dynacut.jobs.compare.target import State, living_tree, memory_of, state_of
 from dynacut.jobs.compare.ways import Run, Settings, Step, Way, fill_caches, run_step
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.plan_file import load
@@ -99,7 +99,7 @@ class Comparison:
         )
 
     def _turn(self, way: Way, pid: int, probe: Probe) -> None:
-        pids = tree_of(pid)
+        pids = living_tree(pid)
         before = self._look_before(pids, probe)
         with ExitStack() as stack:
             kept = stack.enter_context(Prober(probe, keep=True)) if probe.kept_pause is not None else None

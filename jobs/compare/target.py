@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.jobs.compare.probes import Probe, answers
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.proc import is_alive
+from dynacut.shared.proc import is_alive, tree_of
 from dynacut.shared.target import SIGTRAP, Module
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _END_TIMEOUT = 5.0
 _POLL_SECONDS = 0.02
 
 
-def tree_of(pid: int) -> list[int]:
+def living_tree(pid: int) -> list[int]:
     """The process and its descendants that live, parents first.
 
     Raises:
@@ -79,7 +79,7 @@ def _ready(
             raise DynacutError(
                 f"{shown} ended at once", "start it by hand to see why; a daemon must stay in the foreground"
             )
-        probe = find_probe(tree_of(process.pid))
+        probe = find_probe(living_tree(process.pid))
         if probe is not None and answers(probe):
             return probe
         time.sleep(_POLL_SECONDS)
@@ -89,7 +89,7 @@ def _ready(
 def _end(pid: int) -> None:
     from dynacut.offline import processes
 
-    tree = processes.tree_of(pid)
+    tree = tree_of(pid)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     processes.wait_until_gone({pid: processes.start_time(pid)}, _END_TIMEOUT)

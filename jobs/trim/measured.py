@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynacut.shared.proc import tree_of
+
 if TYPE_CHECKING:
     from dynacut.shared.plan import Plan
 
 
-def memory_of(pid: int) -> dict[str, int]:
+def resident_memory(pid: int) -> dict[str, int]:
     """The resident memory of a process with its descendants, in bytes.
 
     rss: all of it; pss: with shared pages divided by their users. Source: smaps_rollup, proc_pid_smaps(5).
     """
-    from dynacut.offline import processes
-
     total = {"rss": 0, "pss": 0}
-    for each in processes.tree_of(pid):
+    for each in tree_of(pid):
         try:
             lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
         except OSError:
@@ -71,7 +71,7 @@ def trimmed_facts(pid: int, plan: Plan) -> dict[str, Any]:
         "pid": pid,
         "exe": processes[0].exe,
         "processes": len(processes),
-        "memory_after": memory_of(pid),
+        "memory_after": resident_memory(pid),
         "text_pages": _text_pages(plan),
         "unmapped_pages": sum(feature.unmapped_pages for feature in features[0]),
         "hits": sum(feature.hits for each in features for feature in each),

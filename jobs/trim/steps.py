@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynacut.handlers.table import Action
 from dynacut.jobs.trim.instance import TIMEOUT, Instance, put_back
-from dynacut.jobs.trim.measured import memory_of, trimmed_facts
+from dynacut.jobs.trim.measured import resident_memory, trimmed_facts
 from dynacut.jobs.trim.rounds import run_round
 from dynacut.jobs.trim.tracer import PhaseTracer
 from dynacut.shared import plan_file, resolve
@@ -110,7 +110,7 @@ class Trim:
             with self.instance.running() as pid:
                 self.tracer.tell("workload on the untouched program")
                 self.tracer.service.work(pid)
-                state.note("memory", memory_of(pid))
+                state.note("memory", resident_memory(pid))
                 self.instance.cleared("image-learned")
                 self.instance.dump(pid, "image")
         return {"memory": state.noted("memory")}
@@ -178,7 +178,7 @@ class Trim:
         with self.instance.running() as pid:
             self.tracer.tell("workload on the untouched program")
             self.tracer.service.work(pid)
-            memory = memory_of(pid)
+            memory = resident_memory(pid)
             stay = standing(pid, tree=True)
             write(self.path("standing.drcov"), stay)
             plan, left_out = without(plan_file.load(self.path("plan-learn.toml")), stay)

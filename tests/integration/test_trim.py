@@ -20,7 +20,7 @@ from dynacut.offline import processes
 from dynacut.shared.coverage.drcov import read
 from dynacut.shared.coverage.keep import without
 from dynacut.shared.plan_file import load
-from dynacut.shared.proc import task_status
+from dynacut.shared.proc import task_status, tree_of
 
 from .checkpoints import the_criu
 from .conftest import Dynacut
@@ -399,14 +399,14 @@ def test_wrong_usage_touches_nothing(arguments: tuple[str, ...], says: str, dyna
 
 def test_a_program_that_is_never_ready_is_named_and_ended(dynacut: Dynacut, tmp_path: Path) -> None:
     common = ("--workload", "true", "--ready-log", "never", "--timeout", "1")
-    before = {pid for pid in processes.tree_of(os.getpid()) if is_running(pid)}
+    before = {pid for pid in tree_of(os.getpid()) if is_running(pid)}
     late = dynacut("trim", "-o", tmp_path / "late", *common, "--", "sleep", "1000")
     assert late.returncode == 1
     assert "not ready within 1 s" in late.stderr
     gone = dynacut("trim", "-o", tmp_path / "gone", *common, "--", "true")
     assert gone.returncode == 1
     assert re.search("ended, or put itself in the background", gone.stderr)
-    assert not [pid for pid in processes.tree_of(os.getpid()) if pid not in before and is_running(pid)]
+    assert not [pid for pid in tree_of(os.getpid()) if pid not in before and is_running(pid)]
 
 
 def test_a_port_of_somebody_else_does_not_tell_that_it_is_ready(dynacut: Dynacut, tmp_path: Path) -> None:

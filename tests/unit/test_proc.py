@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import select
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from dynacut.shared.proc import read_mappings, task_status
+from dynacut.shared.proc import read_mappings, task_status, tree_of
 
 _PR_SET_NAME = 15
 
@@ -38,3 +41,25 @@ def test_a_process_cannot_name_itself_a_zombie(ending: bytes) -> None:
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+def test_a_tree_has_zombies_and_each_parent_before_its_children() -> None:
+    inner = "sleep 60 >&- & echo grandchild $!; exec sleep 60 >&-"
+    outer = f"sleep 60 >&- & sh -c '{inner}' & echo child $!; exec sleep 60 >&-"
+    with subprocess.Popen(["sh", "-c", outer], stdout=subprocess.PIPE, start_new_session=True) as root:
+        try:
+            assert root.stdout is not None
+            told = dict(line.split() for line in root.stdout)  # to its end: all are `sleep` now, which reaps nobody
+            child, grandchild = int(told[b"child"]), int(told[b"grandchild"])
+            ending = os.pidfd_open(grandchild)
+            os.kill(grandchild, signal.SIGKILL)
+            select.select([ending], [], [])
+            os.close(ending)
+            assert task_status(grandchild).has_ended
+            tree = tree_of(root.pid)
+            assert tree[0] == root.pid and len(tree) == 4
+            assert 0 < tree.index(child) < tree.index(grandchild)
+            assert set(tree) < set(tree_of(os.getpid()))
+        finally:
+            os.killpg(root.pid, signal.SIGKILL)
+    assert tree_of(root.pid) == [root.pid]
