@@ -67,7 +67,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--live", action="store_true", help="change the running process, without a checkpoint")
     phases = parser.add_argument_group("phases")
     phases.add_argument("--ready-port", type=tcp_port, metavar="N", help="start-up ends when TCP port N answers")
-    phases.add_argument("--ready-log", metavar="REGEX", help="… when the program's output has this")
+    phases.add_argument("--ready-log", metavar="REGEX", help="… when the program's output has such a line")
     phases.add_argument("--workload", action="append", metavar="CMD", help="shell command; must succeed (repeatable)")
     phases.add_argument("--serve", action="append", default=[], metavar="CMD", help="of other phases, such as a reload")
     phases.add_argument(

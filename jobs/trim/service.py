@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dynacut.offline.processes import end_tree
 from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.proc import is_alive
+
+if TYPE_CHECKING:
+    from dynacut.live.tracing.readiness import Readiness
 
 PID_VARIABLE = "DYNACUT_PID"
 """Tells the commands of the workload which process they work on: for a reload by signal."""
@@ -26,10 +29,10 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 class Service:
     """How the service is started, and what it has to do.
 
-    command: empty for one that runs already. ready_port, ready_log: when it is ready (one of them, with a command).
-    workload, serve: shell commands of the requests, and of other later phases such as a reload. shutdown: those that
-    end it, each in another way; None is SIGTERM. timeout: seconds for each command, and until it is ready or has ended.
-    directory: where output.log and workload.log are.
+    command: empty for one that runs already. ready_port, ready_log: when it is ready (one of them, with a command), as
+    for Readiness. workload, serve: shell commands of the requests, and of other later phases such as a reload.
+    shutdown: those that end it, each in another way; None is SIGTERM. timeout: seconds for each command, and until it
+    is ready or has ended. directory: where output.log and workload.log are.
     """
 
     command: tuple[str, ...]
@@ -53,7 +56,7 @@ class Service:
             DynacutError: its port is in use; it cannot be executed, has ended, or is not ready in time; nothing of it
                 is left.
         """
-        seen = self.before_start()
+        readiness = self.before_start()
         log = (os.POSIX_SPAWN_OPEN, 1, str(self.output), _APPEND, 0o600)
         no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
         both = (os.POSIX_SPAWN_DUP2, 1, 2)
@@ -66,32 +69,34 @@ class Service:
                 f"{self.command[0]} cannot be executed: {error.strerror}", "give the path of a program"
             ) from None
         try:
-            self.await_ready(seen, lambda: is_alive(pid))
+            self.await_ready(readiness, lambda: is_alive(pid))
         except BaseException:
             end_tree(pid)
             raise
         return pid
 
-    def before_start(self) -> int:
-        """How much the service has said so far, in bytes: readiness is looked for behind it.
+    def before_start(self) -> Readiness:
+        """What tells that it is ready: its port, or what it says from now on.
 
         Raises:
-            DynacutError: somebody listens on its port: it would seem to be ready at once, and another would be traced.
+            DynacutError: somebody listens on its port: it would seem to be ready at once, and another would be traced;
+                or ready_log is no regular expression.
         """
         from dynacut.live.tracing.listening import check_unused
+        from dynacut.live.tracing.readiness import Readiness
 
         if self.ready_port is not None:
             check_unused(self.ready_port)
-        return self.output.stat().st_size if self.output.exists() else 0
+        return Readiness(self.ready_port, self.ready_log, [self.output])
 
-    def await_ready(self, seen: int, lives: Callable[[], bool]) -> None:
-        """Returns when it is ready. seen: what before_start() gave.
+    def await_ready(self, readiness: Readiness, lives: Callable[[], bool]) -> None:
+        """Returns when it is ready. readiness: what before_start() gave.
 
         Raises:
             DynacutError: it ended before, or was not ready in time.
         """
         deadline = time.monotonic() + self.timeout
-        while not self._is_ready(seen):
+        while not readiness.look():
             if not lives():
                 raise DynacutError(
                     "the program ended, or put itself in the background, before it was ready",
@@ -105,18 +110,6 @@ class Service:
                     details=self._last_lines(self.output),
                 )
             time.sleep(_POLL)
-
-    def _is_ready(self, seen: int) -> bool:
-        if self.ready_port is not None:
-            from dynacut.live.tracing.listening import is_listening
-
-            return is_listening(self.ready_port)
-        if self.ready_log is None or not self.output.exists():
-            return self.ready_log is None
-        with self.output.open("rb") as file:
-            file.seek(seen)
-            text = file.read().decode(errors="replace")
-        return re.search(self.ready_log, text, re.MULTILINE) is not None
 
     def work(self, pid: int) -> None:
         """Runs the workload, then the other serving phases, once.

@@ -67,7 +67,7 @@ class PhaseTracer:
         from dynacut.live.tracing.spawn import HeldProgram
         from dynacut.live.tracing.trace import Trace
 
-        seen = self.service.before_start()
+        readiness = self.service.before_start()
         with ExitStack() as stack:
             held = stack.enter_context(HeldProgram(self.service.command, self.service.output))
             stack.callback(self.instance.end, held.pid)
@@ -82,7 +82,7 @@ class PhaseTracer:
             held.release(process)
             trace.note(held.entry)
             self.tell("waiting until the program is ready")
-            self.service.await_ready(seen, lambda: is_alive(held.pid))
+            self.service.await_ready(readiness, lambda: is_alive(held.pid))
             self._await_quiet(trace)
             init = trace.next_phase()
             done = self._work(trace, held.pid)

@@ -149,6 +149,14 @@ def test_logs_are_not_written_through_links(tmp_path: Path) -> None:
     assert victim.read_text() == "precious"
 
 
+def test_a_wrong_regular_expression_is_told_before_the_program_is_started(tmp_path: Path) -> None:
+    service = Service(("/bin/touch", str(tmp_path / "started")), tmp_path, (), ready_log="(")
+    with pytest.raises(DynacutError, match="is no regular expression") as caught:
+        service.start()
+    assert caught.value.status is ExitStatus.USAGE
+    assert not (tmp_path / "started").exists()
+
+
 def test_commands_know_the_process_and_fail_with_their_last_lines(tmp_path: Path) -> None:
     service = Service((), tmp_path, ('test "$DYNACUT_PID" = 1',), ("echo seen; exit 7",))
     with pytest.raises(DynacutError, match="status 7 of: echo seen") as caught:
