@@ -1,4 +1,8 @@
-"""The ways that `dynacut compare` compares, each as the command that it is, and the running of these commands."""
+"""The ways that `dynacut compare` compares, each as the command that it is, and the running of these commands.
+
+What is measured is what a user waits for: a command from its start, with its imports and its output. So the live ways
+are run as `dynacut live`, and the checkpoint as a command of its own that ends with the restore.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from dynacut.shared.interrupts import uninterrupted
 if TYPE_CHECKING:
     import subprocess
 
+_COMMAND = "dynacut.cli.main"
 _REAP_SECONDS = 0.001
 
 
@@ -115,17 +120,17 @@ def run_step(way: Way, step: Step, pids: Sequence[int], settings: Settings, imag
     pid = str(pids[0])
     command = [sys.executable, "-m"]
     if way is Way.CHECKPOINT:
-        command += ["dynacut.cli.compare.checkpoint_step", "--pid", pid, "--images", str(images)]
+        command += ["dynacut.jobs.compare.checkpoint_step", "--pid", pid, "--images", str(images)]
         command += ["--criu", str(settings.criu)] if settings.criu is not None else []
     else:
-        command += ["dynacut.cli.main", "live", "--pid", pid, "--tree"]
+        command += [_COMMAND, "live", "--pid", pid, "--tree", "--json"]
         command += ["--engine", "gdb"] if way is Way.GDB else []
-    return _run([*command, *settings.what(step), "--json"], pids if way is Way.CHECKPOINT else ())
+    return _run([*command, *settings.what(step)], pids if way is Way.CHECKPOINT else ())
 
 
 def fill_caches(pid: int, settings: Settings) -> None:
     """Fills the caches that only the first run lacks, by a run that touches nothing; how it ends does not matter."""
-    command = [sys.executable, "-m", "dynacut.cli.main", "live", "--pid", str(pid), "--tree", "--dry-run", "--json"]
+    command = [sys.executable, "-m", _COMMAND, "live", "--pid", str(pid), "--tree", "--dry-run", "--json"]
     _run([*command, *settings.what(Step.DISABLE)], ())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,9 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[2]
 LAYERS = {"cli": 4, "jobs": 3, "live": 2, "offline": 2, "shared": 1, "handlers": 0}
 SOURCES = sorted(path for layer in LAYERS for path in (PROJECT / layer).glob("**/*.py"))
+COMMAND = "dynacut.cli.main"
+"""What any layer may run, as a user does."""
+MODULE = re.compile(rf"dynacut\.({'|'.join(LAYERS)})(\.\w+)+")
 BACKEND_WORDS = ("ptrace", "criu", "crit", "pycriu", "protobuf", "google.protobuf", "psutil")
 
 
@@ -51,6 +55,8 @@ def imports(path: Path) -> Iterator[Import]:
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             for alias in node.names:
                 yield Import(path, node.lineno, node.module or "", alias.name)
+        elif isinstance(node, ast.Constant) and MODULE.fullmatch(str(node.value)) and node.value != COMMAND:
+            yield Import(path, node.lineno, str(node.value), None)  # for `python -m`, import_module() or find_spec()
 
 
 @cache
