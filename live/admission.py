@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dynacut.live.freezer import freezing_cgroup
 from dynacut.live.own_memory import await_own_memory
-from dynacut.live.process import gone
 from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.shared.errors import AS_ROOT, DynacutError
 from dynacut.shared.proc import TaskStatus, task_status, thread_ids
+from dynacut.shared.running import gone, program_status
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _ELFCLASS64 = 2
@@ -42,13 +42,8 @@ def admit(pid: int, *, changing: bool, filtered: bool = False, otherwise: str | 
     """
     if pid == os.getpid():
         raise DynacutError("dynacut does not patch itself", "give the pid of another process")
-    check_not_first(pid)
-    try:
-        status = task_status(pid)
-    except (FileNotFoundError, ProcessLookupError, OverflowError):
-        raise gone(pid) from None
+    status = program_status(pid)
     label = f"process {pid} ({status.name})"
-    check_kind(pid, label, status)
     _check_permission(pid, label, status)
     _check_class(pid, label)
     if not changing:
@@ -71,25 +66,6 @@ def is_there(pid: int) -> bool:
     except DynacutError:
         return False
     return True
-
-
-def check_not_first(pid: int) -> None:
-    """Refuses process 1."""
-    if pid == 1:
-        raise DynacutError(
-            "process 1 keeps the whole system (or container) alive and is not patched",
-            "give the pid of the server itself",
-        )
-
-
-def check_kind(pid: int, label: str, status: TaskStatus) -> None:
-    """Refuses what is no running program: a thread of one, a thread of the kernel, a zombie."""
-    if status.tgid != pid:
-        raise DynacutError(f"{pid} is a thread of process {status.tgid}", f"use --pid {status.tgid}")
-    if status.is_kernel_thread:
-        raise DynacutError(f"{label} is a kernel thread", "only programs can be patched")
-    if status.state in "ZX":
-        raise DynacutError(f"{label} is a zombie: it has ended", "its parent has yet to reap it")
 
 
 def check_not_stopped(pid: int, label: str, status: TaskStatus) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from dynacut.handlers.table import Action
 from dynacut.live.admission import FILTERED
-from dynacut.live.process import Process, gone
+from dynacut.live.process import Process
 from dynacut.live.ptrace.ptrace_call import PTRACE_SECCOMP_GET_FILTER, call
 from dynacut.live.ptrace.resumption import makes_restart_syscall
 from dynacut.live.ptrace.stop_clock import StopClock
@@ -34,6 +34,7 @@ from dynacut.live.syscalls import (
 from dynacut.shared.on_hit import DIE_BY_SIGTRAP
 from dynacut.shared.patch_set import HandlerChange, PatchSet
 from dynacut.shared.proc import task_status, thread_ids
+from dynacut.shared.running import gone
 from dynacut.shared.target import SIGTRAP
 
 _STOP_TIMEOUT = 0.5

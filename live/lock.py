@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dynacut.live.process import gone
 from dynacut.shared.errors import DynacutError
+from dynacut.shared.running import gone
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from types import TracebackType
 from dynacut.live.proc_target import ProcTarget
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import command_line, executable, read_mappings, task_status
+from dynacut.shared.running import gone
 from dynacut.shared.target import PAGE_SIZE, Mapping
 
 
@@ -122,11 +123,6 @@ class Process(ProcTarget):
             ) from None
         if written != len(data):
             raise DynacutError(f"only {written} of {len(data)} bytes at {address:#x} of {self.label} were written")
-
-
-def gone(pid: int) -> DynacutError:
-    """The error for a process that does not exist, or no longer does."""
-    return DynacutError(f"there is no process {pid}", "`ps -e` lists the processes; a restarted server has a new pid")
 
 
 def runs_another_program(process: Process) -> DynacutError:

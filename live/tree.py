@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from dynacut.live.process import gone
 from dynacut.shared.errors import DynacutError, shortened
 from dynacut.shared.proc import start_time, tree_of
+from dynacut.shared.running import gone
 
 
 def descendants(pid: int) -> list[int]:

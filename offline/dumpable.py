@@ -10,6 +10,7 @@ from dynacut.offline import processes
 from dynacut.shared.address_space import shares_memory
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import TaskStatus, task_status, tree_of
+from dynacut.shared.running import program_status
 from dynacut.shared.target import SIGTRAP
 
 _CAP_SYS_RESOURCE = 24
@@ -22,16 +23,8 @@ def admit(pid: int) -> list[int]:
     Raises:
         DynacutError: CRIU could not dump it; nothing has been touched.
     """
-    if pid == 1:
-        raise DynacutError("process 1 is the whole system and is not checkpointed", "give the pid of the server itself")
-    status = _status(pid)
+    status = program_status(pid)
     label = processes.described(pid)
-    if status.tgid != pid:
-        raise DynacutError(f"{pid} is a thread of process {status.tgid}", f"use --pid {status.tgid}")
-    if status.is_kernel_thread:
-        raise DynacutError(f"{label} is a kernel thread", "only programs can be checkpointed")
-    if status.has_ended:
-        raise DynacutError(f"{label} has ended", "its parent has yet to reap it")
     tree = tree_of(pid)
     if os.getpid() in tree:
         raise DynacutError(f"dynacut descends from {label} and would be frozen with it", "start it from elsewhere")
@@ -40,15 +33,6 @@ def admit(pid: int) -> list[int]:
         _check_session(member, tree)
         _check_process(member, status.ppid if member == pid else None)
     return tree
-
-
-def _status(pid: int) -> TaskStatus:
-    try:
-        if pid > 0:
-            return task_status(pid)
-    except (OSError, OverflowError):
-        pass
-    raise DynacutError(f"there is no process {pid}", "`ps -e` lists the processes")
 
 
 def _check_namespace(pid: int, label: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynacut.live.admission import check_kind, check_not_first, check_not_stopped, check_not_traced
+from dynacut.live.admission import check_not_stopped, check_not_traced
 from dynacut.live.change import Outcome
 from dynacut.live.gdb.patcher import apply_held
 from dynacut.live.gdb.session import GdbError, GdbSession
@@ -30,6 +30,7 @@ from dynacut.shared.patch_set import Resolve
 from dynacut.shared.proc import parse_command_line, parse_mappings, parse_status
 from dynacut.shared.region import find_region
 from dynacut.shared.report import FeatureReport, Inspection
+from dynacut.shared.running import check_kind, check_not_first
 from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT, Mapping
 
 _X86_64 = "i386:x86-64"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from dynacut.handlers.table import REPAIR_CAPACITY, KernelAction, Repair, RepairKind, Table
-from dynacut.live.process import Process, gone
+from dynacut.live.process import Process
 from dynacut.live.ptrace.remote import Remote
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
@@ -22,6 +22,7 @@ from dynacut.shared.errors import DynacutError, ExitStatus
 from dynacut.shared.masks import forget_ended, masks_before, record, standing_repairs, too_many_masks, write_further
 from dynacut.shared.proc import blocked_in, is_kernels_own, ran_ns, start_time, task_status, thread_ids
 from dynacut.shared.region import Region
+from dynacut.shared.running import gone
 from dynacut.shared.signal_frames import blocking_masks, clear_masks, put_masks_back
 from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT
 

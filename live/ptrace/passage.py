@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
-from dynacut.live.process import Process, gone
+from dynacut.live.process import Process
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.stops import each_stopped
 from dynacut.shared.proc import BlockedIn, blocked_in, task_status, thread_ids
 from dynacut.shared.region import Region
+from dynacut.shared.running import gone
 from dynacut.shared.target import SIGTRAP_BIT
 
 _LOOK_PAUSE = 0.001

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from dynacut.handlers.records import INT3
 from dynacut.handlers.table import MAGIC, OBSERVED_OFFSET, PREVIOUS_OFFSET, KernelAction, Table, Write
 from dynacut.live.own_memory import await_own_memory
-from dynacut.live.process import Process, gone
+from dynacut.live.process import Process
 from dynacut.live.ptrace import masks
 from dynacut.live.ptrace.passage import all_seen_outside
 from dynacut.live.ptrace.remote import Remote
@@ -42,6 +42,7 @@ from dynacut.shared.region_writing import (
     write_table,
 )
 from dynacut.shared.rollback import standing_edits
+from dynacut.shared.running import gone
 from dynacut.shared.signal_frames import NO_FRAMES, SignalFrames
 from dynacut.shared.target import SIGTRAP, SIGTRAP_BIT
 

@@ -11,7 +11,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 
-from dynacut.live.process import Process, gone, runs_another_program
+from dynacut.live.process import Process, runs_another_program
 from dynacut.live.ptrace.passage import all_seen_outside
 from dynacut.live.ptrace.ptrace_call import REGISTER_NAMES
 from dynacut.live.ptrace.resumption import starts_anew
@@ -24,6 +24,7 @@ from dynacut.live.refusal import NeedsCheckpointError
 from dynacut.live.syscalls import Syscall
 from dynacut.shared.proc import BlockedIn, blocked_in, is_kernels_own, task_status, thread_ids
 from dynacut.shared.region import Region
+from dynacut.shared.running import gone
 
 _STOP_TIMEOUT = 0.5
 _PASSAGE = 0.0003

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from dynacut.handlers.records import INT3
-from dynacut.live.process import Process, gone, runs_another_program
+from dynacut.live.process import Process, runs_another_program
 from dynacut.live.ptrace.resumption import never_runs
 from dynacut.live.ptrace.stop_clock import StopClock
 from dynacut.live.ptrace.tracee import NoStopError, ThreadGoneError, Tracee
@@ -20,6 +20,7 @@ from dynacut.shared.occupancy import Occupancy
 from dynacut.shared.patch_set import ByteEdit
 from dynacut.shared.proc import thread_ids
 from dynacut.shared.rollback import standing_edits
+from dynacut.shared.running import gone
 from dynacut.shared.signal_frames import SignalFrames
 from dynacut.shared.target import PAGE_SIZE, SIGTRAP_BIT
 

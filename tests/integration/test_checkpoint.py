@@ -202,7 +202,7 @@ def test_processes_that_are_none(tmp_path: Path) -> None:
     for pid in (1 << 22, 0, -5, 10**30):
         with pytest.raises(DynacutError, match="there is no process"):
             admit(pid)
-    with pytest.raises(DynacutError, match="process 1 is the whole system"):
+    with pytest.raises(DynacutError, match="process 1 keeps the whole system"):
         admit(1)
     with pytest.raises(DynacutError, match="is a kernel thread"):
         admit(2)
@@ -220,7 +220,7 @@ def test_a_thread(redis: Redis, tmp_path: Path) -> None:
 def test_a_zombie(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as process:
         wait_for_state(process.pid, "Z")
-        refused(process.pid, tmp_path / "image", "has ended", "reap")
+        refused(process.pid, tmp_path / "image", "is a zombie: it has ended", "reap")
 
 
 def test_a_traced_process(redis: Redis, tmp_path: Path) -> None:
