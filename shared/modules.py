@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.errors import DynacutError
-from dynacut.shared.target import PAGE_SIZE, Mapping, Module
+from dynacut.shared.target import PAGE_SIZE, Mapping, Module, Target
 
 
 def modules_of(
@@ -54,6 +54,24 @@ def modules_of(
         )
     modules.sort(key=lambda module: (not module.is_executable, module.base))
     return tuple(modules)
+
+
+def chosen_modules(target: Target, names: Sequence[str]) -> list[Module]:
+    """The modules of a target that have one of the names, or are at one of the paths, each once; by default the first.
+
+    Raises:
+        DynacutError: the target has none of a name.
+    """
+    if not names:
+        return list(target.modules[:1])
+    chosen: list[Module] = []
+    for name in names:
+        found = [module for module in target.modules if name in module.names or name == module.path]
+        if not found:
+            known = ", ".join(module.name for module in target.modules)
+            raise DynacutError(f"{target.label} has no module {name!r}", f"it has {known}")
+        chosen += (module for module in found if module not in chosen)
+    return chosen
 
 
 def _loads(parts: list[Mapping], path: str, file_of: Callable[[Mapping, str], Path]) -> Iterator[list[Mapping]]:

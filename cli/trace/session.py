@@ -184,25 +184,16 @@ class Session:
         return Readiness(arguments.ready_port, _pattern(arguments), logs)
 
     def _modules(self, process: Process) -> list[Module]:
-        modules = list(process.modules)
-        if self._arguments.all_modules:
-            from dynacut.live.tracing.traceable import without_untraceable
+        from dynacut.live.tracing.traceable import without_untraceable
+        from dynacut.shared.modules import chosen_modules
 
-            modules, left_out = without_untraceable(process, modules)
+        if self._arguments.all_modules:
+            modules, left_out = without_untraceable(process, process.modules)
             if left_out:
                 names = ", ".join(module.name for module in left_out)
                 warn(f"not traced, as code in there runs while signals are blocked: {names}")
             return modules
-        if not self._arguments.module:
-            return modules[:1]
-        chosen: list[Module] = []
-        for name in self._arguments.module:
-            found = [module for module in modules if name in module.names or name == module.path]
-            if not found:
-                known = ", ".join(module.name for module in modules)
-                raise DynacutError(f"{process.label} has no module {name!r}", f"it has {known}")
-            chosen += (module for module in found if module not in chosen)
-        return chosen
+        return chosen_modules(process, self._arguments.module)
 
     def _watch(self, trace: Trace, listener: PhaseListener, readiness: Readiness, progress: Progress) -> None:
         started = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,14 +10,12 @@ from typing import TYPE_CHECKING
 from dynacut.jobs.trim.instance import Instance
 from dynacut.jobs.trim.rounds import Patience, Round, run_round
 from dynacut.jobs.trim.service import Service
-from dynacut.shared.errors import DynacutError
+from dynacut.shared.modules import chosen_modules
 from dynacut.shared.proc import is_alive
 
 if TYPE_CHECKING:
-    from dynacut.live.process import Process
     from dynacut.live.tracing.trace import Trace
     from dynacut.shared.coverage.coverage import Coverage
-    from dynacut.shared.target import Module
 
 _POLL = 0.05
 
@@ -36,7 +33,7 @@ class Phases:
 class PhaseTracer:
     """How phases are traced.
 
-    modules: names; none for the executable. idle: seconds without a new block after which a pass is over.
+    modules: names or paths; none for the executable. idle: seconds without a new block after which a pass is over.
     """
 
     instance: Instance
@@ -76,7 +73,7 @@ class PhaseTracer:
             stack.enter_context(locked(held.pid))
             process = stack.enter_context(Process(held.pid))
             held.await_entry(process, timeout=10.0)
-            trace = Trace(process, self._chosen(process))
+            trace = Trace(process, chosen_modules(process, self.modules))
             self.tell("finding blocks and arming them")
             trace.arm()
             held.release(process)
@@ -105,7 +102,7 @@ class PhaseTracer:
             admit(pid, changing=True)
             stack.enter_context(locked(pid))
             process = stack.enter_context(Process(pid))
-            trace = stack.enter_context(TreeTrace(process, self._chosen(process)))
+            trace = stack.enter_context(TreeTrace(process, chosen_modules(process, self.modules)))
             self.tell("finding blocks and arming them")
             trace.arm()
             try:
@@ -113,18 +110,6 @@ class PhaseTracer:
             finally:
                 trace.disarm()
             return Phases(None, trace.coverage(), done)
-
-    def _chosen(self, process: Process) -> Sequence[Module]:
-        if not self.modules:
-            return process.modules[:1]
-        chosen = []
-        for name in self.modules:
-            found = [module for module in process.modules if name in module.names]
-            if not found:
-                known = ", ".join(module.name for module in process.modules)
-                raise DynacutError(f"{process.label} has no module {name!r}", f"it has {known}")
-            chosen += found
-        return chosen
 
     def _work(self, trace: Trace, pid: int) -> Round:
         """Runs the workload until it reaches nothing new."""
