@@ -208,8 +208,8 @@ def _trim(arguments: argparse.Namespace, command: list[str], state: State, tell:
         tuple(arguments.init),
         tuple(arguments.serving),
         arguments.learn_for,
-        arguments.on_hit,
-        arguments.scope,
+        OnHit.parse(arguments.on_hit),
+        Scope(arguments.scope),
         warn,
     )
 

@@ -30,7 +30,6 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     from dynacut.shared.coverage.keep import planned_code
     from dynacut.shared.coverage.painter import picture_of
     from dynacut.shared.coverage.startup import startup_code
-    from dynacut.shared.on_hit import OnHit
     from dynacut.shared.plan_file import load
 
     init, serving, learned, standing = (
@@ -43,7 +42,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
     modules = outcome.module_reports(parts, plan, learned, standing, gadgets)
     noted = {name: trim.instance.state.details(name) or {} for name in steps}
     rounds = outcome.rounds_of(noted)
-    summary = outcome.summary_of(modules, noted, OnHit.parse(trim.on_hit), last["pid"])
+    summary = outcome.summary_of(modules, noted, trim.on_hit, last["pid"])
     tables = [
         {"columns": outcome.CODE_COLUMNS, "rows": outcome.code_rows(modules)},
         {"columns": outcome.CHANGE_COLUMNS, "rows": outcome.change_rows(modules, last)},
@@ -57,7 +56,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
         "text_pages": last["text_pages"],
         "unmapped_pages": last["unmapped_pages"],
         "hits": last["hits"],
-        "on_hit": trim.on_hit,
+        "on_hit": str(trim.on_hit),
         "rounds": rounds,
         "summary": summary,
         "steps": noted,

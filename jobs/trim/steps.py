@@ -50,8 +50,8 @@ class Trim:
     init: tuple[Path, ...]
     serving: tuple[Path, ...]
     learn_for: float
-    on_hit: str
-    scope: str
+    on_hit: OnHit
+    scope: Scope
     warn: Callable[[str], None]
 
     def path(self, name: str) -> Path:
@@ -96,8 +96,8 @@ class Trim:
         )
         parts = startup_code(init, [serving], self.tracer.modules)
         # The handler puts bytes back, but cannot map pages: those wait for the final plan.
-        scope = Scope.BLOCK if self.scope == Scope.PAGE else Scope(self.scope)
-        plan = startup_plan(parts, OnHit.parse("learn"), scope)
+        scope = Scope.BLOCK if self.scope is Scope.PAGE else self.scope
+        plan = startup_plan(parts, OnHit(Action.LEARN), scope)
         plan_file.write(self.path("plan-learn.toml"), plan, ["Start-up code, to be learned from."])
         return {"blocks": sum(len(part.only) for part in parts)}
 
@@ -218,7 +218,7 @@ class Trim:
         patience = replace(tracer.patience, lingers=_LINGERS, least=self.learn_for)
         done = run_round(patience, work, poll, tracer.tell, "learning")
         write(self.path("learned.drcov"), union_of_all(found))
-        if not done.is_quiet and OnHit.parse(self.on_hit).action is not Action.LEARN:
+        if not done.is_quiet and self.on_hit.action is not Action.LEARN:
             raise DynacutError(
                 f"{done.blocks:,} blocks had to come back, the last after {done.last_new:.0f} s of {done.seconds:.0f}: "
                 f"more would, and {self.on_hit} would not let them",
@@ -233,7 +233,7 @@ class Trim:
         write(self.path("standing.drcov"), stay)
         learned = read_union([self.path("learned.drcov")], self.warn)
         plan, _ = without(plan_file.load(self.path("plan-learn.toml")), union_of_all([stay, learned]))
-        plan = plan.with_action(OnHit.parse(self.on_hit), Scope(self.scope))
+        plan = plan.with_action(self.on_hit, self.scope)
         plan_file.write(self.path("plan.toml"), plan, ["Start-up code, without what was learned or in use."])
         return plan
 
