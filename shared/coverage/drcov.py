@@ -76,11 +76,6 @@ class DrcovLog:
         return tuple(warnings)
 
 
-def read(path: Path) -> Coverage:
-    """Return the coverage in a drcov log; DynacutError if it cannot be read or is malformed. See read_log."""
-    return read_log(path).coverage
-
-
 def read_union(paths: Iterable[Path], warn: Callable[[str], None]) -> Coverage:
     """Return what any of the logs has; warn is told their oddities. DynacutError like read_log."""
     coverages = []

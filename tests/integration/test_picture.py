@@ -11,7 +11,7 @@ import psutil
 import pytest
 from picture_page import Module, Page
 
-from dynacut.shared.coverage.drcov import read
+from dynacut.shared.coverage.drcov import read_log
 
 from .conftest import Dynacut
 from .servers import Nginx, RedisConnection, free_port
@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_the_logs(logs: list[Path], dynacut: Dynacut, t
     assert document["warnings"] == []
     (module,) = document["modules"]
     (drawn,) = Page(html.read_text("utf-8")).modules
-    coverages = [read(log) for log in logs]
+    coverages = [read_log(log).coverage for log in logs]
     for index, (phase, coverage) in enumerate(zip(PHASES, coverages, strict=True)):
         (covered,) = coverage.modules
         others = [other for number, other in enumerate(coverages) if number != index]
@@ -127,7 +127,7 @@ def test_a_program_is_drawn_with_a_large_library(nginx: Nginx, dynacut: Dynacut,
     assert set(modules) == {"nginx", "libcrypto"}
     drawn = Page(html.read_text("utf-8")).modules
     assert [module.name for module in drawn] == [module["name"] for module in document["modules"]]
-    covered = {module.path: module for module in read(log).modules}
+    covered = {module.path: module for module in read_log(log).coverage.modules}
     for told, shown in zip(document["modules"], drawn, strict=True):
         assert not told["from_log_alone"]
         assert told["pages"] == text_pages(told["path"]) == sum(run.end - run.start for run in shown.runs) // 4096

@@ -14,7 +14,7 @@ import pytest
 from dynacut.handlers.table import TableSite
 from dynacut.live.process import Process
 from dynacut.offline.images.image import Image
-from dynacut.shared.coverage.drcov import read
+from dynacut.shared.coverage.drcov import read_log
 from dynacut.shared.plan_file import load as load_plan
 from dynacut.shared.region import find_region
 from dynacut.shared.target import Target
@@ -135,7 +135,7 @@ def test_what_was_left_out_of_the_phases_is_learned_and_then_stays(
 
     found = learned_at_length(server, dynacut, use, learned)
     assert 20 < len(found) < planned
-    assert read(learned).count == len(found)
+    assert read_log(learned).coverage.count == len(found)
     dynacut.json(*tree, "--undo")
 
     kept = dynacut.json("plan", "--plan", plan, "--keep", learned, "--on-hit", "terminate=3")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dynacut.shared.coverage.drcov import read
+from dynacut.shared.coverage.drcov import read_log
 
 from .conftest import Dynacut
 from .programs import Program
@@ -40,10 +40,10 @@ def test_phases_of_redis_tell_set_from_get(redis: Redis, dynacut: Dynacut, tmp_p
             redis.command(*words)
         tracer.end()
     assert Snapshot.of(redis.pid) == before
-    wanted, unwanted = (read(tmp_path / f"redis.{phase}.drcov") for phase in ("wanted", "unwanted"))
+    wanted, unwanted = (read_log(tmp_path / f"redis.{phase}.drcov").coverage for phase in ("wanted", "unwanted"))
     done = dynacut("trace", "--subtract", tmp_path / "redis.unwanted.drcov", tmp_path / "redis.wanted.drcov", "-o", log)
     assert done.returncode == 0, done.stderr
-    (module,) = read(log).modules
+    (module,) = read_log(log).coverage.modules
     set_command = 0xAB060 if 0xAB060 in module.blocks else None
     assert set_command is not None, "the entry of setCommand is not in the difference"
     assert wanted.count > 50
@@ -62,7 +62,7 @@ def test_a_program_is_traced_from_its_entry_and_its_readiness_begins_a_phase(tmp
         subprocess.run(["redis-cli", "-p", str(port), "shutdown", "nosave"], check=False, capture_output=True)
         tracer.process.communicate(timeout=60)
         assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
-    start, serving = (read(tmp_path / f"redis.{phase}.drcov") for phase in ("init", "serving"))
+    start, serving = (read_log(tmp_path / f"redis.{phase}.drcov").coverage for phase in ("init", "serving"))
     assert start.count > 3000, "redis executes about 5,000 blocks when it starts"
     assert 300 < serving.count < start.count
 
@@ -81,7 +81,7 @@ def test_blocks_that_only_a_forked_child_executes_are_recorded(redis: Redis, tmp
         ["nm", "-D", "/usr/bin/redis-check-rdb"], capture_output=True, text=True, check=True
     ).stdout
     (entry,) = (int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith(" rdbSaveRio"))
-    (module,) = read(log).modules
+    (module,) = read_log(log).coverage.modules
     assert entry in module.blocks
 
 
@@ -94,7 +94,7 @@ def test_nginx_is_traced_with_its_workers(nginx: Nginx, tmp_path: Path) -> None:
         for _ in range(20):
             assert nginx.request("GET", "/missing")[0] == 404
         tracer.end()
-    assert read(log).count > 100
+    assert read_log(log).coverage.count > 100
     assert nginx.request("PUT", "/x", "1")[0] == 201
 
 
@@ -118,12 +118,12 @@ def test_a_tree_is_traced_as_one_with_the_workers_it_has_and_those_it_gets(
         (third,) = {*nginx.workers} - {first}
         served_by(nginx, third, first, "PUT")
         tracer.end()
-    get, *puts = (read(tmp_path / f"nginx.{phase}.drcov") for phase in ("get", "first", "second", "anew"))
+    get, *puts = (read_log(tmp_path / f"nginx.{phase}.drcov").coverage for phase in ("get", "first", "second", "anew"))
     modules = [put.difference(get).module("nginx") for put in puts]
     assert min(module.count for module in modules) > 50, "the blocks of PUT"
     common = modules[0].intersection(modules[1]).intersection(modules[2])
     assert common.count > 0.8 * modules[0].count, "PUT is PUT, whoever serves it"
-    assert len(read(tmp_path / "nginx.first.drcov").modules) == 1, "one file, merged"
+    assert len(read_log(tmp_path / "nginx.first.drcov").coverage.modules) == 1, "one file, merged"
     for pid in (nginx.pid, first):
         assert Snapshot.of(pid) == before[pid]
     assert Snapshot.of(third).code == before[first].code
@@ -154,7 +154,7 @@ def test_code_that_runs_while_signals_are_blocked_is_left_out(
     done = dynacut("trace", "--pid", target.pid, "-o", tmp_path / "x.drcov", "--all-modules", "--for", "1")
     assert done.returncode == 0, done.stderr
     assert "not traced" in done.stderr and "libc.so.6" in done.stderr
-    assert {module.name for module in read(tmp_path / "x.drcov").modules} == {"creators"}
+    assert {module.name for module in read_log(tmp_path / "x.drcov").coverage.modules} == {"creators"}
     assert target.is_running()
     before = target.counters()["right"]
     wait_until(lambda: target.counters()["right"] > before + 100, "further threads")

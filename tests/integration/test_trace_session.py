@@ -20,7 +20,7 @@ import pytest
 
 from dynacut.live.process import Process
 from dynacut.live.tracing.trace import armed_blocks, has_trace
-from dynacut.shared.coverage.drcov import read
+from dynacut.shared.coverage.drcov import read_log
 
 from .conftest import Dynacut
 from .programs import compile_program
@@ -91,7 +91,9 @@ def test_keys_begin_phases_and_the_line_says_what_is_found_where(redis: Redis, t
         terminal.await_text("→")
         assert terminal.process.wait(240) == 0
     assert is_untraced(redis.pid)
-    counts = {phase: read(tmp_path / f"redis.{phase}.drcov").count for phase in ("warm", "wanted", "phase3")}
+    counts = {
+        phase: read_log(tmp_path / f"redis.{phase}.drcov").coverage.count for phase in ("warm", "wanted", "phase3")
+    }
     assert counts["warm"] > 50 and counts["wanted"] > 50
 
 
@@ -111,7 +113,7 @@ def test_a_signal_ends_it_at_any_instant_with_everything_put_back(redis: Redis, 
         assert tracer.process.returncode == 0, errors
         assert is_untraced(redis.pid)
         assert Snapshot.of(redis.pid) == before
-        assert read(log).modules[0].path.endswith("redis-check-rdb")
+        assert read_log(log).coverage.modules[0].path.endswith("redis-check-rdb")
     assert redis.command("PING") == "PONG"
 
 
@@ -141,7 +143,7 @@ def test_what_is_asked_for_from_elsewhere_has_begun_when_the_command_returns(
         if line.endswith(" objectCommand")
     )
     for number in range(1, 5):
-        assert entry in read(tmp_path / f"redis.p{number}.drcov").modules[0].blocks
+        assert entry in read_log(tmp_path / f"redis.p{number}.drcov").coverage.modules[0].blocks
 
 
 def test_it_ends_by_itself_when_nothing_new_comes_or_the_time_is_over(
@@ -150,7 +152,7 @@ def test_it_ends_by_itself_when_nothing_new_comes_or_the_time_is_over(
     log = tmp_path / "redis.drcov"
     for option in (("--until-quiet", "0.5"), ("--for", "0.5")):
         (phase,) = dynacut.json("trace", "--pid", redis.pid, "-o", log, *option)["phases"]
-        assert phase["blocks"] == read(log).count > 10, "redis looks at its clients ten times a second"
+        assert phase["blocks"] == read_log(log).coverage.count > 10, "redis looks at its clients ten times a second"
         assert is_untraced(redis.pid)
     with Tracer("--pid", redis.pid, "-o", log, "--until-exit") as tracer:
         tracer.await_line("armed")
@@ -158,7 +160,7 @@ def test_it_ends_by_itself_when_nothing_new_comes_or_the_time_is_over(
         redis._process.terminate()  # type: ignore[union-attr]
         tracer.process.communicate(timeout=240)
         assert tracer.process.returncode == 0
-    assert read(log).count > 50
+    assert read_log(log).coverage.count > 50
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -179,7 +181,7 @@ def test_a_line_of_its_log_says_that_a_program_is_ready(
         ).returncode  # fmt: skip
     assert status == 0, told.read_text()
     assert "phase serving begins" in told.read_text()
-    start, serving = (read(tmp_path / f"log.{phase}.drcov") for phase in ("start", "serving"))
+    start, serving = (read_log(tmp_path / f"log.{phase}.drcov").coverage for phase in ("start", "serving"))
     assert start.count > serving.count > 0
 
 
@@ -219,7 +221,7 @@ def test_a_daemon_is_traced_when_its_first_process_has_ended(
         work(files[1])
         tracer.end()
     assert is_untraced(pid)
-    first_log, second = (read(tmp_path / f"log.{phase}.drcov") for phase in ("start", "second"))
+    first_log, second = (read_log(tmp_path / f"log.{phase}.drcov").coverage for phase in ("start", "second"))
     worked = first_log.intersection(second)
     assert worked.count > 3, "the blocks of work() are in both"
     work(files[1])

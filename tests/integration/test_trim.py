@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dynacut.offline import processes
-from dynacut.shared.coverage.drcov import read
+from dynacut.shared.coverage.drcov import read_log
 from dynacut.shared.coverage.keep import without
 from dynacut.shared.plan_file import load
 from dynacut.shared.proc import task_status, tree_of
@@ -145,9 +145,9 @@ def test_a_path_left_out_of_the_serving_phases_is_learned(way: str, trim: Trims,
     report = trim(*options, *REMOVED, "--ready-log", "^ready", *QUICK, *works, "--", program, port)
     (module,) = report["modules"]
     assert module["learned"]["blocks"] >= 3
-    assert read(trim.directory / "learned.drcov").count == module["learned"]["blocks"]
+    assert read_log(trim.directory / "learned.drcov").coverage.count == module["learned"]["blocks"]
     plan = load(trim.directory / "plan.toml")
-    assert without(plan, read(trim.directory / "learned.drcov"))[1] == 0
+    assert without(plan, read_log(trim.directory / "learned.drcov").coverage)[1] == 0
     assert ask(port, "again") == str(checksum)
     os.kill(report["target"]["pid"], signal.SIGINT)
     assert ended(report["target"]["pid"]) == ENDED_BY_SIGTRAP

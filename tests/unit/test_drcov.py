@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dynacut.shared.coverage import drcov
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
-from dynacut.shared.coverage.drcov import read, read_log, write
+from dynacut.shared.coverage.drcov import read_log, write
 from dynacut.shared.errors import DynacutError, ExitStatus
 
 REAL_LOGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "drcov"
@@ -307,17 +307,17 @@ def test_malformed_logs_are_refused(path: Path, data: str, problem: str) -> None
 
 def test_files_that_cannot_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DynacutError, match="cannot be read: No such file"):
-        read(path)
+        read_log(path)
     with pytest.raises(DynacutError, match=r"cannot be read: Is a directory|is not a regular file"):
-        read(tmp_path)
+        read_log(tmp_path)
     os.mkfifo(path)
     with pytest.raises(DynacutError, match="is not a regular file"):
-        read(path)
+        read_log(path)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(drcov.SIZE_LIMIT + 1)
     with pytest.raises(DynacutError, match="has 268435457 bytes"):
-        read(path)
+        read_log(path)
     monkeypatch.setattr(drcov, "BLOCK_LIMIT", 2)
     assert "more than 2 different blocks" in refused(path, log(table(4, LINUX[4])))
     assert read_bytes(path, log(table(4, LINUX[4]), [(1, 1, 0), (2, 1, 2)] * 50)).coverage.count == 2
@@ -331,7 +331,7 @@ def test_a_million_blocks_are_read_quickly(path: Path) -> None:
     header = f"{HEAD}Module Table: version 2, count 2\nColumns: {LINUX[2]}\n{rows}BB Table: 1000000 bbs\n"
     path.write_bytes(header.encode() + records.tobytes())
     before = time.process_time()
-    coverage = read(path)
+    coverage = read_log(path).coverage
     assert time.process_time() - before < 2
     assert coverage.count == 1_000_000
 
@@ -383,13 +383,18 @@ def test_what_is_written_reads_back_equal(
 
 def test_large_blocks_are_split(path: Path) -> None:
     write(path, Coverage((CoveredModule.of("/bin/a", {16: 140_000, 5: 65_535}),)))
-    assert list(read(path).module("a").blocks.items()) == [(16, 65535), (65551, 65535), (131086, 8930), (5, 65535)]
+    assert list(read_log(path).coverage.module("a").blocks.items()) == [
+        (16, 65535),
+        (65551, 65535),
+        (131086, 8930),
+        (5, 65535),
+    ]
 
 
 def test_hostile_paths_stay_in_their_line(path: Path) -> None:
     hostile = "\t/a\nBB Table: 0 bbs\r\nb"
     write(path, Coverage((CoveredModule.of(hostile, {1: 2}),)))
-    assert [(module.path, dict(module.blocks)) for module in read(path).modules] == [
+    assert [(module.path, dict(module.blocks)) for module in read_log(path).coverage.modules] == [
         ("\\011/a\\012BB Table: 0 bbs\\015\\012b", {1: 2})
     ]
 
@@ -413,7 +418,7 @@ def test_writing_replaces_all_or_nothing(path: Path, tmp_path: Path, monkeypatch
     link = tmp_path / "link"
     link.symlink_to(path)
     write(link, more)
-    assert link.is_symlink() and read(path) == more
+    assert link.is_symlink() and read_log(path).coverage == more
 
     def fail(*_: Path) -> Path:
         raise OSError(28, "No space left on device")
@@ -422,7 +427,7 @@ def test_writing_replaces_all_or_nothing(path: Path, tmp_path: Path, monkeypatch
         patched.setattr(Path, "rename", fail)
         with pytest.raises(DynacutError, match="cannot be written: No space left on device"):
             write(path, some)
-    assert read(path) == more
+    assert read_log(path).coverage == more
     assert sorted(tmp_path.iterdir()) == [path, link]
     with pytest.raises(DynacutError, match="cannot be written: No such file"):
         write(tmp_path / "missing" / "log", some)

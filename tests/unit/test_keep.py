@@ -16,7 +16,7 @@ from dynacut.cli.block_lists import LEARNED, STANDING, show_blocks
 from dynacut.cli.main import main
 from dynacut.handlers.table import Action, TableSite
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule, union_of_all
-from dynacut.shared.coverage.drcov import read, write
+from dynacut.shared.coverage.drcov import read_log, write
 from dynacut.shared.coverage.keep import learned_blocks, planned_code, without
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.on_hit import OnHit
@@ -100,7 +100,7 @@ def test_learned_blocks_written_and_taken_out_leave_the_others(tmp_path: Path) -
     write(tmp_path / "learned.drcov", learned_blocks(target, memory.table()))
     alpha = target.offset("alpha")
     plan = a_plan({alpha: 4, alpha + 4: 9}, path=str(target.modules[0].file))
-    left, count = without(plan, read(tmp_path / "learned.drcov"))
+    left, count = without(plan, read_log(tmp_path / "learned.drcov").coverage)
     assert (offsets(left), count) == ([alpha], 1)
 
 
@@ -254,7 +254,7 @@ def test_learned_blocks_are_shown_as_sites(tmp_path: Path, capsys: pytest.Captur
         "learned": [{"at": "server+0x200", "size": 4}, {"at": "server+0x100", "size": 9}],
         "log": str(log),
     }
-    assert list(read(log).module(PATH).blocks.items()) == [(0x200, 4), (0x100, 9)]
+    assert list(read_log(log).coverage.module(PATH).blocks.items()) == [(0x200, 4), (0x100, 9)]
     show_blocks(learned, LEARNED, {}, None, as_json=False, verbose=False, quiet=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == ["1\tserver+0x200\t4", "2\tserver+0x100\t9", "2 blocks learned"]

@@ -12,7 +12,7 @@ from dynacut.cli.main import main
 from dynacut.shared.binary.blocks import BlockMap
 from dynacut.shared.binary.elf import ElfFile
 from dynacut.shared.coverage.coverage import Coverage, CoveredModule
-from dynacut.shared.coverage.drcov import read, write
+from dynacut.shared.coverage.drcov import read_log, write
 
 SOURCE = """
 int wanted(int n) { int sum = 0; for (int i = 0; i < n; i++) sum += i % 3 ? i : 2 * i; return sum; }
@@ -37,7 +37,7 @@ def log(path: Path, module: Path, blocks: dict[int, int]) -> Path:
 def combined(tmp_path: Path, *arguments: str | Path) -> dict[int, int]:
     output = tmp_path / "result.drcov"
     assert main(["trace", *map(str, arguments), "-o", str(output), "-q"]) == 0
-    return dict(read(output).modules[0].blocks)
+    return dict(read_log(output).coverage.modules[0].blocks)
 
 
 def test_blocks_of_different_tools_are_the_same_when_normalised(program: Path, tmp_path: Path) -> None:
