@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from dynacut.cli.quantities import in_us, is_time, shown
 
 _DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-_MOST_TICKS = 6
+_MOST_TICKS = 5
 """So many have a text, and the others only a line."""
 
 
