@@ -100,6 +100,21 @@ def test_successors_of_a_server_are_objdumps() -> None:
 
 
 @needs_gcc
+def test_the_resolver_of_an_ifunc_is_pointed_at(tmp_path: Path) -> None:
+    """Nothing calls it, and only DT_JMPREL tells of it."""
+    source, path = tmp_path / "picked.c", tmp_path / "picked.so"
+    source.write_text(
+        "static int one(void) { return 1; }\nstatic void *pick(void) { return one; }\n"
+        'static int picked(void) __attribute__((ifunc("pick")));\nint call(void) { return picked() + 1; }\n'
+    )
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", source, "-o", path], check=True)
+    flow = flow_of(path)
+    (pick,) = SymbolTable.of(flow.elf, path).lookup("pick")
+    assert pick.offset in flow.indirect_only
+    assert pick.offset not in flow.pointers.pointers.values()  # the word becomes what it returns
+
+
+@needs_gcc
 @pytest.mark.parametrize("kind", [("-pie",), ("-no-pie", "-fno-pie")])
 def test_a_switch(tmp_path: Path, kind: tuple[str, ...]) -> None:
     flow, at = built(tmp_path, "switched", *kind)
