@@ -36,7 +36,7 @@ def write_report(trim: Trim, steps: Sequence[str]) -> dict[str, Any]:
         read_union([trim.path(f"{name}.drcov")], trim.warn) for name in ("init", "serving", "learned", "standing")
     )
     last = trim.instance.state.details(steps[-1]) or {}
-    parts = startup_code(init, [serving], trim.tracer.modules)
+    parts = startup_code(init, [serving], trim.modules)
     gadgets = {path: (before, after) for path, (before, after) in last["gadgets"].items()}
     plan = load(trim.path("plan.toml"))
     modules = outcome.module_reports(parts, plan, learned, standing, gadgets)

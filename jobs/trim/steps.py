@@ -58,6 +58,12 @@ class Trim:
         """A file of the directory."""
         return self.instance.path(name)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of the modules that were traced, where some were chosen: by whatever name, logs have the paths."""
+        traced = self.instance.state.details("trace") if self.tracer.modules else None
+        return tuple(traced["modules"]) if traced else ()
+
     # What ran, and the plan.
 
     def trace(self) -> Details:
@@ -85,6 +91,7 @@ class Trim:
             "serving_blocks": serving.count,
             "passes": sum(phases.round.passes for phases in traced),
             "rounds": [phases.round.as_json() for phases in traced],
+            "modules": list(dict.fromkeys(module.path for phases in traced for module in phases.serving.modules)),
         }
 
     def plan(self) -> Details:
@@ -94,7 +101,7 @@ class Trim:
             read_union([self.path("init.drcov")], self.warn),
             read_union([self.path("serving.drcov")], self.warn),
         )
-        parts = startup_code(init, [serving], self.tracer.modules)
+        parts = startup_code(init, [serving], self.modules)
         # The handler puts bytes back, but cannot map pages: those wait for the final plan.
         scope = Scope.BLOCK if self.scope is Scope.PAGE else self.scope
         plan = startup_plan(parts, OnHit(Action.LEARN), scope)
