@@ -19,6 +19,13 @@ DENIED = -1
 """What denied() of every program returns."""
 
 
+_CANNOT_RUN = 77  # programs/feature.h
+
+
+class CannotRunError(Exception):
+    """A program says that this machine lacks what it is about. Any other end of it is a failure."""
+
+
 def feature(n: int) -> int:
     """What feature(n) of every program returns (programs/feature.h)."""
     return -2 if n < 0 else 7 + sum((i * i) ^ n for i in range(n))
@@ -49,6 +56,11 @@ class Program:
         self.pid = self._process.pid
         try:
             self.expect("ready")
+        except EOFError as error:
+            self.end()
+            if self._process.wait() == _CANNOT_RUN:
+                raise CannotRunError(str(error)) from None
+            raise
         except BaseException:
             self.end()
             raise

@@ -221,7 +221,7 @@ def process_with_id(wanted: int) -> int:
         if pid == wanted:
             return pid
         assert processes.end([pid]) == []
-    pytest.skip("this machine starts too many processes")
+    raise AssertionError(f"somebody else takes {wanted} each time")
 
 
 @pytest.mark.usefixtures("criu")

@@ -5,6 +5,7 @@
  *   feature 3 -> feature(3)
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
@@ -32,9 +33,12 @@ int main(int count, char **arguments)
 	pthread_sigmask(SIG_BLOCK, &all, &before);
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, 1 << 16);
-	for (long i = 0; i < atol(arguments[1]); i++)
-		if (pthread_create(&thread, &attributes, wait_blocked, NULL) != 0)
-			return 1;
+	for (long i = 0; i < atol(arguments[1]); i++) {
+		int error = pthread_create(&thread, &attributes, wait_blocked, NULL);
+
+		if (error)
+			return error == EAGAIN ? CANNOT_RUN : 1;
+	}
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	say_ready();
 	while (next_line(word, &number))

@@ -19,6 +19,8 @@
 /* Neither inlined nor cloned, and callers assume nothing about it: what they get after a patch is what it returned. */
 #define NOIPA __attribute__((noipa, used))
 #define DENIED (-1L)
+/* The exit status of a program that finds that the machine lacks what it is about. */
+#define CANNOT_RUN 77
 
 /* Several basic blocks, with a failure that returns from within. */
 NOIPA long feature(long n)

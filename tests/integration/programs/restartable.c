@@ -46,7 +46,7 @@ int main(void)
 	long number;
 
 	if (__rseq_size == 0)
-		return 1;
+		return CANNOT_RUN;
 	say_ready();
 	while (next_line(word, &number))
 		printf("%ld\n", strcmp(word, "sequence") == 0 ? sequence(number) : feature(number));

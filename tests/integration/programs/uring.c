@@ -46,8 +46,10 @@ static void set_up(bool polls)
 	}
 	file = (int)syscall(SYS_io_uring_setup, 8, &ring);
 	if (file < 0) {
-		puts(strerror(errno));
-		exit(0);
+		int error = errno;
+
+		perror("io_uring_setup");
+		exit(error == ENOSYS || error == EPERM ? CANNOT_RUN : 1);
 	}
 	submissions = map(ring.sq_off.array + ring.sq_entries * sizeof(unsigned), IORING_OFF_SQ_RING);
 	completions = map(ring.cq_off.cqes + ring.cq_entries * sizeof(struct io_uring_cqe), IORING_OFF_CQ_RING);
