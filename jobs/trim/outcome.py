@@ -187,10 +187,9 @@ def summary_of(
     if not learning["quiet"]:
         lines.append("Blocks still came as the learn round ended: more are to come.")
     elif learning["blocks"]:
-        last, end = learning["last_new_seconds"], learning["seconds"]
-        lines.append(
-            f"{learning['blocks']:,} blocks had to come back, the last {last:.0f} s into the {end:.0f} s of learning."
-        )
+        count, last, end = learning["blocks"], learning["last_new_seconds"], learning["seconds"]
+        blocks = "1 block" if count == 1 else f"{count:,} blocks"
+        lines.append(f"{blocks} had to come back, the last {last:.0f} s into the {end:.0f} s of learning.")
     if "checkpoint" in steps:
         lines.append(
             "Resident memory is smaller after any restore: pages of files are mapped anew only as they are used."

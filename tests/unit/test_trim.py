@@ -223,6 +223,7 @@ def test_a_report_says_how_sure_it_is() -> None:
     [
         ("learn", QUIET, "put themselves back, and `dynacut live --pid 7 --tree --learned` lists them"),
         ("terminate", QUIET, "does not come back: what no round reached is not known"),
+        ("learn", {**TRACED, "blocks": 1, "quiet": True}, "1 block had to come back"),
         ("learn", {**TRACED, "quiet": True}, "5 blocks had to come back, the last 7 s into the 20 s of learning"),
         ("learn", TRACED, "Blocks still came as the learn round ended"),
     ],
