@@ -24,12 +24,11 @@ from dynacut.offline.restore import restore
 from dynacut.offline.wanted_options import look
 from dynacut.shared.errors import DynacutError
 from dynacut.shared.proc import children, task_status, thread_ids
-from dynacut.shared.target import SIGTRAP
 
-from .checkpoints import ByFifos, job, reaping, shell_job, the_criu
+from .checkpoints import job, reaping, shell_job, the_criu
 from .conftest import Dynacut
 from .load import Load
-from .programs import DENIED, compile_program, feature
+from .programs import compile_program
 from .servers import Lighttpd, Nginx, Redis, is_gone, is_running, wait_until
 
 
@@ -392,74 +391,3 @@ def test_the_pid_file_cannot_be_written(criu: Criu, dynacut: Dynacut, tmp_path: 
         assert done.returncode == 3
         assert f"process {pid} runs again, but" in done.stderr
         assert is_running(pid)
-
-
-def _masks(pid: int) -> dict[int, int]:
-    """The signal mask of each thread."""
-    return {tid: task_status(pid, tid).blocked for tid in thread_ids(pid)}
-
-
-def _being_made(masks: dict[int, int]) -> list[int]:
-    """Threads amid pthread_create: only then glibc blocks its own signal 32 as well."""
-    return [tid for tid, mask in masks.items() if mask >> 31 & 1]
-
-
-def _traps_blocked(masks: dict[int, int]) -> list[int]:
-    return [tid for tid, mask in masks.items() if mask >> (SIGTRAP - 1) & 1]
-
-
-@pytest.mark.usefixtures("criu")
-@pytest.mark.parametrize("undone", ["in the handler", "after its return"])
-@pytest.mark.parametrize("where", ["in the process", "in the image"])
-def test_a_mask_in_the_frame_of_a_handler_is_repaired_in_an_image_and_put_back(
-    dynacut: Dynacut, tmp_path: Path, undone: str, where: str
-) -> None:
-    """A thread waits in a handler, and blocks SIGTRAP again when it returns; in the end it does, else it must not."""
-    target = ByFifos(tmp_path)
-    with target.started(compile_program("lingering", tmp_path)) as pid:
-        _through_an_image(pid, dynacut, tmp_path / "1", "--disable", "feature", "--on-hit", "redirect=denied")
-        if undone == "after its return":
-            assert target.ask("return") == "returned"
-            assert target.ask("blocks") == "0"
-            assert target.ask("feature 3") == str(DENIED)
-        if where == "in the process":
-            dynacut.json("live", "--pid", pid, "--undo")
-        else:
-            _through_an_image(pid, dynacut, tmp_path / "2", "--undo")
-        if undone == "in the handler":
-            assert target.ask("return") == "returned"
-        assert target.ask("blocks") == "1"
-        assert target.ask("feature 3") == str(feature(3))
-
-
-def _through_an_image(pid: int, dynacut: Dynacut, folder: Path, *what: str) -> None:
-    folder.mkdir()
-    with reaping([pid]):
-        dynacut.json("checkpoint", "--pid", pid, folder / "image")
-    dynacut.json("offline", folder / "image", *what, "-o", folder / "changed")
-    dynacut.json("restore", folder / "changed")
-
-
-@pytest.mark.usefixtures("criu")
-@pytest.mark.parametrize("where", ["in the process", "in the image"])
-def test_a_live_undo_after_a_restore_puts_the_masks_back(
-    redis: Redis, dynacut: Dynacut, tmp_path: Path, where: str
-) -> None:
-    """A thread of redis's allocator blocks all signals."""
-    what = ("--disable", "setCommand", "--on-hit", "redirect=readonlyCommand", "--as", "set")
-    image, changed = tmp_path / "image", tmp_path / "changed"
-    wait_until(lambda: not _being_made(_masks(redis.pid)), "all threads to be made")
-    before = _masks(redis.pid)
-    assert _traps_blocked(before)
-    if where == "in the process":
-        dynacut.json("live", "--pid", redis.pid, *what)
-    with reaping([redis.pid]):
-        dynacut.json("checkpoint", "--pid", redis.pid, image)
-    if where == "in the image":
-        dynacut.json("offline", image, *what, "-o", changed)
-    dynacut.json("restore", changed if where == "in the image" else image)
-    assert not _traps_blocked(_masks(redis.pid))
-    assert redis.command("SET", "key", "value") != "OK"
-    dynacut.json("live", "--pid", redis.pid, "--undo")
-    assert _masks(redis.pid) == before
-    assert redis.command("SET", "key", "value") == "OK"
